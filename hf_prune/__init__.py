@@ -1,0 +1,1 @@
+"""Prune HuggingFace and timm vision models to a latency target."""

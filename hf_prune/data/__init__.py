@@ -1,0 +1,1 @@
+"""Images in: datasets, decoding, transforms, loaders."""

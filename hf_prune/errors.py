@@ -1,0 +1,41 @@
+"""The errors this library raises: each says what must hold, what came, where, and what to do."""
+
+
+class HfPruneError(Exception):
+    """Root of every error raised on purpose by hf_prune."""
+
+
+class UnsupportedModelError(HfPruneError, TypeError):
+    """The model is of a kind that the requested operation cannot work on."""
+
+
+class ModelLoadError(HfPruneError, OSError):
+    """No model could be read from the given id or folder."""
+
+
+class BudgetError(HfPruneError, ValueError):
+    """The target cannot be reached, or contradicts the model or the table."""
+
+
+class DataError(HfPruneError, ValueError):
+    """The dataset is missing, empty, unlabelled, unreadable, or does not fit the model."""
+
+
+class LatencyTableError(HfPruneError, ValueError):
+    """A latency table is malformed or was measured for something else."""
+
+
+class ManifestError(HfPruneError, ValueError):
+    """A stored `hf_prune` manifest is malformed or does not fit the model it came with."""
+
+
+class CheckpointError(HfPruneError, ValueError):
+    """A training checkpoint is missing, broken, or belongs to another run."""
+
+
+class RecipeError(HfPruneError, ValueError):
+    """A recipe was started with settings that contradict each other or the machine."""
+
+
+class HfPruneWarning(UserWarning):
+    """Something was left out or replaced, and the result says so."""

@@ -1,0 +1,1 @@
+"""Models and evidence out: manifest, safetensors, model card, Hub."""

@@ -1,0 +1,1 @@
+"""Training after (or during) pruning: the accelerate loop and distillation."""

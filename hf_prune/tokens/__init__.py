@@ -1,0 +1,1 @@
+"""Token pruning for plain vision transformers."""
