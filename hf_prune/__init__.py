@@ -1,1 +1,45 @@
-"""Prune HuggingFace and timm vision models to a latency target."""
+"""Prune HuggingFace and timm vision models to a latency target; the model keeps its class."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.errors import HfPruneError, HfPruneWarning
+
+if TYPE_CHECKING:
+    from hf_prune.publish.hub import push_folder
+    from hf_prune.publish.save import load, save
+    from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
+    from hf_prune.tokens.config import TokenPruningConfig
+
+__version__ = "0.1.0"
+
+# Names are imported when first used: `import hf_prune` loads neither torch nor transformers.
+_HOMES = {
+    "TokenPruningConfig": "hf_prune.tokens.config",
+    "add_token_pruning": "hf_prune.tokens.attach",
+    "load": "hf_prune.publish.save",
+    "push_folder": "hf_prune.publish.hub",
+    "save": "hf_prune.publish.save",
+    "token_pruning_of": "hf_prune.tokens.attach",
+}
+
+__all__ = [
+    "HfPruneError",
+    "HfPruneWarning",
+    "TokenPruningConfig",
+    "add_token_pruning",
+    "load",
+    "push_folder",
+    "save",
+    "token_pruning_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'hf_prune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

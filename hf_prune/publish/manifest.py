@@ -1,0 +1,124 @@
+"""The manifest: what was done to a model, as data in its config.json, checked as data from strangers.
+
+Everything in it is addressed by names as they stand in the checkpoint file, never by module paths, which change
+between releases of transformers while files stay.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from hf_prune.errors import ManifestError
+from hf_prune.tokens.attach import ATTRIBUTE
+from hf_prune.tokens.config import TokenPruningConfig
+
+KEY = "hf_prune"
+FORMAT_VERSION = 1
+METHOD = "spvit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `config.json` holds under `hf_prune`.
+
+    Attributes:
+        tokens: The token selectors.
+        blocks: Prefix of the transformer blocks in the checkpoint file, for example `vit.encoder.layer`.
+        selectors: Prefix of the selectors in the checkpoint file, for example `vit.token_pruning`.
+        base_model: Hub id of the dense weights, if there is one.
+        created_with: Package name to version; informative.
+    """
+
+    tokens: TokenPruningConfig
+    blocks: str
+    selectors: str
+    base_model: str | None
+    created_with: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as JSON-ready data."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "min_reader_version": FORMAT_VERSION,
+            "created_with": dict(self.created_with),
+            "base_model": self.base_model,
+            "tokens": {
+                "method": METHOD,
+                "blocks": self.blocks,
+                "selectors": self.selectors,
+                **self.tokens.to_dict(),
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Manifest":
+        """Read a manifest.
+
+        Raises:
+            ManifestError: If it is no manifest, of a later format, or holds anything unknown or out of range.
+        """
+        _require_keys(data, {"format_version", "min_reader_version", "created_with", "base_model", "tokens"}, KEY)
+        reader = data["min_reader_version"]
+        if type(reader) is not int or reader > FORMAT_VERSION or type(data["format_version"]) is not int:
+            raise ManifestError(
+                f"this hf_prune reads manifests of format {FORMAT_VERSION}, got one that needs {reader!r}; "
+                f"upgrade with `pip install -U hf-prune`"
+            )
+        tokens = data["tokens"]
+        if not isinstance(tokens, Mapping) or tokens.get("method") != METHOD:
+            raise ManifestError(f"`{KEY}.tokens.method` must be '{METHOD}', got {tokens!r:.80}")
+        rest = {key: value for key, value in tokens.items() if key not in ("method", "blocks", "selectors")}
+        names = (tokens.get("blocks"), tokens.get("selectors"))
+        if not all(isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]{0,200}", name) for name in names):
+            raise ManifestError(f"`blocks` and `selectors` must be names of a checkpoint, got {names!r:.120}")
+        base, made = data["base_model"], data["created_with"]
+        if base is not None and not isinstance(base, str):
+            raise ManifestError(f"`base_model` must be text or null, got {type(base).__name__}")
+        if not isinstance(made, Mapping) or not all(isinstance(item, str) for pair in made.items() for item in pair):
+            raise ManifestError("`created_with` must map package names to versions")
+        return cls(
+            tokens=TokenPruningConfig.from_dict(rest),
+            blocks=tokens["blocks"],
+            selectors=tokens["selectors"],
+            base_model=base,
+            created_with=dict(made),
+        )
+
+    def require_names(self, checkpoint_keys: Iterable[str]) -> None:
+        """Check that the checkpoint beside the manifest holds what it names.
+
+        Raises:
+            ManifestError: If not: the two belong to different models.
+        """
+        keys = set(checkpoint_keys)
+        last = f"{self.blocks}.{self.tokens.before_blocks[-1]}."
+        wanted = {f"{self.selectors}.selectors.{block}.keep_threshold" for block in self.tokens.before_blocks}
+        held = {key for key in keys if key.startswith(f"{self.selectors}.") and key.endswith(".keep_threshold")}
+        if held != wanted or not any(key.startswith(last) for key in keys):
+            raise ManifestError(
+                f"the manifest names blocks '{last}*' and selectors {sorted(wanted)}, but the checkpoint holds "
+                f"{sorted(held) or 'no selectors'}; config.json and the weights belong to different models"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that shape a saved model."""
+    return {name: version(name) for name in ("hf-prune", "torch", "transformers", "timm")}
+
+
+def checkpoint_prefixes(checkpoint_keys: Iterable[str]) -> tuple[str, str]:
+    """Return the prefixes of blocks and selectors among the names of a checkpoint."""
+    keys = list(checkpoint_keys)
+    selectors = next(key.partition(f"{ATTRIBUTE}.")[0] + ATTRIBUTE for key in keys if f"{ATTRIBUTE}." in key)
+    others = (re.match(r"(.*?)\.\d+\.", key) for key in keys if not key.startswith(selectors))
+    blocks, _ = Counter(match.group(1) for match in others if match).most_common(1)[0]
+    return blocks, selectors
+
+
+def _require_keys(data: Any, names: set[str], where: str) -> None:
+    if not isinstance(data, Mapping) or set(data) != names:
+        came = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+        raise ManifestError(f"`{where}` must hold exactly {sorted(names)}, got {came!s:.200}")

@@ -1,0 +1,98 @@
+"""What the two phases of an SPViT run minimise."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hf_prune.recover.distill import DistillWeights, distillation_loss, final_tokens, teach
+from hf_prune.tokens.attach import token_pruning_of
+from hf_prune.tokens.constraint import Constraint, global_mean
+from hf_prune.tokens.decide import GumbelNoise
+from hf_prune.tokens.site import logits_of
+
+
+@dataclass
+class Classify:
+    """Plain supervised training, for the dense model of the embedded default or a new head."""
+
+    label_smoothing: float = 0.0
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, batch_number: int) -> Tensor:
+        """Return the cross-entropy."""
+        logits = logits_of(model(batch["pixel_values"])).float()
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+
+    def after_step(self) -> dict[str, float]:
+        """Nothing to adapt."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """No state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """No state."""
+
+
+@dataclass
+class PruneTokens:
+    """SPViT's training loss: labels, the dense teacher, and a constraint on the global batch mean of what is kept.
+
+    Attributes:
+        teacher: The dense model, in evaluation mode and without gradients.
+        constraint: Pulls the keep ratios to their targets.
+        accelerator: Whose processes share a batch.
+        seed: Of the Gumbel noise.
+        weights: Of the distillation terms.
+        label_smoothing: Of the cross-entropy.
+    """
+
+    teacher: nn.Module
+    constraint: Constraint
+    accelerator: Accelerator
+    seed: int
+    weights: DistillWeights = field(default_factory=DistillWeights)
+    label_smoothing: float = 0.0
+    mean_keep: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, batch_number: int) -> Tensor:
+        """Return the loss of one masked training step."""
+        student = self.accelerator.unwrap_model(model)
+        pruning = token_pruning_of(student)
+        pruning.noise = GumbelNoise(
+            self.seed, self.accelerator.process_index, self.accelerator.num_processes, batch_number
+        )
+        teacher_logits, teacher_tokens = teach(self.teacher, batch["pixel_values"])
+        with final_tokens(student) as tokens:
+            logits = logits_of(model(batch["pixel_values"]))
+        records = pruning.take_records()
+        self.mean_keep = global_mean(torch.stack([record.keep.mean() for record in records]), self.accelerator)
+        loss = distillation_loss(
+            logits,
+            tokens[0],
+            teacher_logits,
+            teacher_tokens,
+            batch["labels"],
+            records[-1],
+            num_prefix_tokens=pruning.num_prefix_tokens,
+            weights=self.weights,
+            label_smoothing=self.label_smoothing,
+        )
+        return loss + self.constraint.loss(self.mean_keep)
+
+    def after_step(self) -> dict[str, float]:
+        """Move the multipliers; report the mean keep ratios."""
+        self.constraint.update(self.mean_keep)
+        return {f"keep_{stage}": value for stage, value in enumerate(self.mean_keep.tolist(), start=1)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The multipliers."""
+        return self.constraint.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The multipliers."""
+        self.constraint.load_state_dict(state)

@@ -1,0 +1,195 @@
+"""The recipe as a user starts it: whole runs in processes of their own, on a handful of images."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny_models import build_dense
+
+import hf_prune
+from hf_prune.errors import HfPruneError
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "recipes" / "spvit.py")
+QUICK = [
+    "--max_train_samples", "64", "--max_eval_samples", "40", "--per_device_train_batch_size", "16",
+    "--dense_epochs", "1", "--num_train_epochs", "2", "--logging_steps", "1", "--num_threads", "1",
+]  # fmt: skip
+
+
+def launch(*arguments: str, folder: Path, launcher: tuple[str, ...] = (sys.executable,), **environment: str):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder.parent / "cache"), **environment}
+    command = [*launcher, RECIPE, *arguments, "--output_dir", str(folder)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def succeed(*arguments: str, **options) -> str:
+    done = launch(*arguments, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def refuse(*arguments: str, folder: Path) -> str:
+    """Run the recipe in this process and return the error it stops with."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    spec = importlib.util.spec_from_file_location("spvit_recipe", RECIPE)
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules["spvit_recipe"] = recipe
+    spec.loader.exec_module(recipe)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(HfPruneError) as caught:
+            recipe.main(recipe.parse([*QUICK, *arguments, "--output_dir", str(folder)]))
+    finally:
+        torch.set_num_threads(threads)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_leaves_model_table_report_pictures_and_card(tmp_path):
+    folder = tmp_path / "out"
+    shown = succeed(*QUICK, "--keep_ratios", "0.6", "0.3", folder=folder)
+    assert "before and after" in shown
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "config.json", "dropped_patches.png", "latency_accuracy.png", "latency_table.json",
+        "model.safetensors", "preprocessor_config.json", "report.json", "tokens_kept.png", "train_log.jsonl",
+    }  # fmt: skip
+    report = json.loads((folder / "report.json").read_text())
+    dense, pruned = report["rows"]
+    assert pruned["macs"] < 0.75 * dense["macs"]
+    assert set(pruned["latency"]) == {"1", "32"}
+    kept = [stage["tokens_kept_mean"] / 64 for stage in report["stages"]]
+    assert kept == pytest.approx([0.6, 0.3], abs=0.1)
+    model = hf_prune.load(folder)
+    assert type(model).__name__ == "ViTForImageClassification"
+    assert "hf_prune.load" in (folder / "README.md").read_text()
+
+
+def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_weights(tmp_path):
+    arguments = [*QUICK, "--keep_ratios", "0.6", "0.3", "--checkpointing_steps", "1"]
+    succeed(*arguments, folder=tmp_path / "whole")
+    folder = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, RECIPE, *arguments, "--output_dir", str(folder)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("spvit-step_000000[3-6]")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "model.safetensors").exists()
+    succeed(*arguments, "--resume_from_checkpoint", "latest", folder=folder)
+    first, second = weights(tmp_path / "whole"), weights(folder)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["phase"] == "spvit"]
+
+
+def test_two_processes_give_the_losses_of_one_on_the_same_global_batch(tmp_path):
+    common = [*QUICK, "--keep_ratios", "0.6", "0.3"]
+    succeed(*common, folder=tmp_path / "one")
+    half = [*common, "--per_device_train_batch_size", "8", "--expected_processes", "2"]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631")
+    shown = succeed(*half, folder=tmp_path / "two", launcher=torchrun, ACCELERATE_USE_CPU="true")
+    assert shown.startswith("2 process(es)")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    assert len(losses(tmp_path / "one")) == 8
+
+
+def test_a_timm_model_and_a_folder_of_pictures(tmp_path):
+    from PIL import Image
+
+    model = build_dense("timm-vit")
+    from timm.models import save_for_hf
+
+    model.pretrained_cfg["num_classes"] = 7
+    save_for_hf(model, tmp_path / "dense", safe_serialization=True)
+    for split, count in (("train", 6), ("test", 3)):
+        for label in range(7):
+            (tmp_path / "images" / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                color = (30 * label, 40 * number, 200 - 20 * label)
+                Image.new("RGB", (40, 36), color).save(tmp_path / "images" / split / f"class{label}" / f"{number}.png")
+    (tmp_path / "images" / "test" / "class0" / "0.png").write_bytes(b"not a picture")
+    folder = tmp_path / "out"
+    succeed(
+        "--model_name_or_path", str(tmp_path / "dense"), "--dataset_name", str(tmp_path / "images"),
+        "--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--num_threads", "1",
+        "--before_blocks", "2", "4", "--keep_ratios", "0.6", "0.3", "--learning_rate", "1e-3",
+        folder=folder,
+    )  # fmt: skip
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["rows"][1]["num_images"], report["rows"][1]["num_unreadable"]) == (20, 1)
+    assert type(hf_prune.load(folder)).__name__ == "VisionTransformer"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_name_or_path", "no/such-model"], "ModelLoadError: no image classifier could be loaded"),
+        (["--model_name_or_path", "resnet18"], "ModelLoadError|UnsupportedModelError"),
+        (["--target_latency", "0.01"], r"BudgetError: the lowest reachable cost .* is [\d.]+ \([\d.]+% of dense"),
+        (["--target_latency", "1.0"], "BudgetError: `target_latency` must be"),
+        (["--dataset_name", "no/such-dataset"], "DataError: "),
+        (["--before_blocks", "2", "9", "--keep_ratios", "0.6", "0.3"], "ManifestError: "),
+        (["--keep_ratios", "0.3", "0.6"], "ManifestError: `keep_ratios` must not grow"),
+        (["--expected_processes", "2"], "RecipeError: `--expected_processes` is 2"),
+        (["--checkpointing_steps", "often"], "RecipeError: `--checkpointing_steps` must be"),
+        (["--resume_from_checkpoint", "latest"], "CheckpointError: "),
+        (["--push_to_hub"], "RecipeError: `--push_to_hub` needs `--hub_model_id"),
+        (["--latency_table", "nowhere.json"], "LatencyTableError: no latency table"),
+        (["--streaming", "--dataset_name", "digits"], "Error: "),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_any_work(tmp_path, arguments, message):
+    error = refuse(*arguments, folder=tmp_path / "out")
+    assert re.search(message, error), error
+    assert not (tmp_path / "out" / "train_log.jsonl").exists()
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_an_error_reaches_the_shell_as_one_line(tmp_path):
+    done = launch(*QUICK, "--keep_ratios", "0.3", "0.6", folder=tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("ManifestError: `keep_ratios` must not grow")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_in_use_and_one_that_cannot_be_written_are_refused(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("precious")
+    assert "RecipeError: `--output_dir` must be empty" in refuse(folder=folder)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert "RecipeError: `--output_dir` must be a folder that can be written to" in refuse(folder=folder / "mine.txt")
+
+
+def test_a_head_that_does_not_fit_the_labels_is_refused(tmp_path):
+    build_dense("vit").save_pretrained(tmp_path / "dense")
+    import transformers
+
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dense")
+    error = refuse("--model_name_or_path", str(tmp_path / "dense"), folder=tmp_path / "out")
+    assert "DataError: the head of" in error
+    assert "7 classes and the dataset has 10" in error
