@@ -40,12 +40,12 @@ class DenseModel:
 
 
 def embedded_vit(label_names: Sequence[str]) -> DenseModel:
-    """Return an untrained ViT small enough to train on a CPU: 32 x 32 pixels, 64 patches, 6 blocks of width 128."""
+    """Return an untrained ViT small enough to train on a CPU: 32 x 32 pixels, 64 patches, 6 blocks of width 96."""
     config = cast(Any, transformers.ViTConfig)(
-        hidden_size=128,
+        hidden_size=96,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=512,
+        num_attention_heads=3,
+        intermediate_size=384,
         image_size=32,
         patch_size=4,
         hidden_dropout_prob=0.0,
