@@ -30,9 +30,9 @@ from hf_prune.data.source import EMBEDDED
 from hf_prune.data.transforms import Augmentation, eval_transform, train_transform
 from hf_prune.errors import HfPruneError, RecipeError
 from hf_prune.measure.accuracy import evaluate
-from hf_prune.measure.evidence import PixelPool, latency_ratio, time_models
+from hf_prune.measure.evidence import PixelPool, TargetShare, latency_ratio, time_models
 from hf_prune.measure.latency_table import LatencyTable, measure_latency_table, table_setting
-from hf_prune.measure.report import LatencyTarget, print_report
+from hf_prune.measure.report import print_report
 from hf_prune.measure.token_cost import BlockProbe, TokenCost
 from hf_prune.models import DenseModel, embedded_vit, load_dense
 from hf_prune.publish.run_folder import Evidence, publish_run
@@ -407,7 +407,7 @@ def calibration_batches(loaders: Loaders, run: Run) -> Any:
 
 def fit_latency(
     settings: Settings, run: Run, dense: nn.Module, pruned: nn.Module, table: LatencyTable, loaders: Loaders
-) -> LatencyTarget | None:
+) -> TargetShare | None:
     """Shift the keep ratios until the latency measured on validation images is the target."""
     if settings.keep_ratios is not None:
         return None
@@ -422,7 +422,7 @@ def fit_latency(
         return cast(float, broadcast_object_list([latency_ratio(times) * cost.dense])[0])
 
     batches = calibration_batches(loaders, run)
-    achieved_ms = fit_to_target(
+    fit_to_target(
         pruning,
         cost,
         wanted_ms,
@@ -430,8 +430,9 @@ def fit_latency(
         measure=measure,
     )
     kept = torch.tensor(pruning.settings.keep_ratios) * cost.num_patches
-    predicted_ms = float(cost.of_kept(kept, pruning.settings.before_blocks))
-    return LatencyTarget(table.batch_size, cost.dense, wanted_ms, predicted_ms, achieved_ms)
+    per_stage = pruning.settings.packages == "per_stage"
+    predicted_ms = float(cost.of_kept(kept, pruning.settings.before_blocks, per_stage_packages=per_stage))
+    return TargetShare(wanted_ms / cost.dense, predicted_ms / cost.dense)
 
 
 def push(settings: Settings, run: Run) -> None:

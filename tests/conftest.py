@@ -5,8 +5,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny_models import KINDS, build_dense
 from torch import nn
+
+# What counts is what is found, not how fast a busy machine draws.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(params=KINDS)

@@ -1,6 +1,7 @@
 """Dense beside pruned: the measurements that tables, cards and pictures are made of."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,30 @@ from torch.utils.data import DataLoader
 from hf_prune.measure.accuracy import Accuracy
 from hf_prune.measure.figures import plot_dropped_patches, plot_latency_accuracy, plot_token_histogram
 from hf_prune.measure.latency import summarize, time_side_by_side
-from hf_prune.measure.report import LatencyStats, ModelRow, StageRow
+from hf_prune.measure.report import LatencyStats, LatencyTarget, ModelRow, StageRow
 from hf_prune.measure.token_cost import TokenCost, count_params
 from hf_prune.tokens.attach import token_pruning_of
 from hf_prune.tokens.site import logits_of
 
 FIGURES = ("dropped_patches.png", "tokens_kept.png", "latency_accuracy.png")
+
+
+@dataclass(frozen=True)
+class TargetShare:
+    """A latency target as shares of the dense latency, so that it holds on a machine whose speed drifts.
+
+    Attributes:
+        wanted: What was asked for.
+        predicted: What the latency table says of the final keep ratios.
+    """
+
+    wanted: float
+    predicted: float
+
+    def measured(self, times: dict[str, list[float]], batch_size: int) -> LatencyTarget:
+        """Return target and result in the milliseconds of one side-by-side measurement (see `time_models`)."""
+        dense_ms, pruned_ms = float(np.mean(times["dense"])), float(np.mean(times["pruned"]))
+        return LatencyTarget(batch_size, dense_ms, self.wanted * dense_ms, self.predicted * dense_ms, pruned_ms)
 
 
 class PixelPool:

@@ -11,9 +11,17 @@ from torch import nn
 from hf_prune.data.images import ImageSplits
 from hf_prune.errors import HfPruneError
 from hf_prune.measure.accuracy import Accuracy
-from hf_prune.measure.evidence import PixelPool, draw_figures, mean_macs, model_row, stage_rows, time_models
+from hf_prune.measure.evidence import (
+    PixelPool,
+    TargetShare,
+    draw_figures,
+    mean_macs,
+    model_row,
+    stage_rows,
+    time_models,
+)
 from hf_prune.measure.latency import device_name
-from hf_prune.measure.report import LatencyTarget, Report
+from hf_prune.measure.report import Report
 from hf_prune.measure.token_cost import macs_cost
 from hf_prune.models import DenseModel
 from hf_prune.publish.card import render_card
@@ -44,7 +52,7 @@ class Evidence:
     pool: PixelPool
     dense_accuracy: Accuracy
     pruned_accuracy: Accuracy
-    target: LatencyTarget | None
+    target: TargetShare | None
     batch_sizes: tuple[int, ...]
     train_seconds: float
 
@@ -69,6 +77,7 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
     save(pruned, folder, base_model=base, processor=dense.processor)
     _require_same_logits(pruned, load(folder).to(pool.pixels.device), pool)
     batch_size = evidence.batch_sizes[-1]
+    target = None if evidence.target is None else evidence.target.measured(times[batch_size], batch_size)
     figures = draw_figures(
         folder,
         pruned,
@@ -79,7 +88,7 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
         mean=dense.preprocessing.mean,
         std=dense.preprocessing.std,
         batch_size=batch_size,
-        target_ms=None if evidence.target is None else evidence.target.target_ms,
+        target_ms=None if target is None else target.target_ms,
     )
     report = Report(
         method="spvit",
@@ -96,7 +105,7 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
         versions=versions(),
         rows=rows,
         stages=stage_rows(evidence.pruned_accuracy, pruned, cost.num_patches),
-        target=evidence.target,
+        target=target,
         train_seconds=evidence.train_seconds,
         figures=figures,
         limits=tuple(_limits(evidence, splits.notes)),
