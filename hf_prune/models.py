@@ -28,7 +28,6 @@ class DenseModel:
         processor: Its image processor (transformers only).
         name: What it was loaded by; None if this process made it.
         license: Licence of its weights where the model card says so.
-        trained: False while its weights are random.
     """
 
     model: nn.Module
@@ -36,7 +35,6 @@ class DenseModel:
     processor: Any
     name: str | None
     license: str | None
-    trained: bool
 
 
 def embedded_vit(label_names: Sequence[str]) -> DenseModel:
@@ -65,7 +63,6 @@ def embedded_vit(label_names: Sequence[str]) -> DenseModel:
         processor=processor,
         name=None,
         license=None,
-        trained=False,
     )
 
 
@@ -120,7 +117,6 @@ def _load_timm(timm_name: str, name: str, label_names: Sequence[str], new_head: 
         processor=None,
         name=name,
         license=cfg.get("license"),
-        trained=True,
     )
 
 
@@ -155,7 +151,6 @@ def _load_transformers(name: str, label_names: Sequence[str], new_head: bool) ->
         processor=processor,
         name=name,
         license=_card_license(name),
-        trained=True,
     )
 
 

@@ -355,11 +355,11 @@ def prune_tokens(
     loaders: Loaders,
     checkpoints: Checkpoints,
 ) -> nn.Module:
-    """Put selectors into a copy of the dense model, train both, and make the thresholds keep what was asked for."""
+    """Put selectors into a copy of the dense model and train both."""
     teacher = dense.eval().requires_grad_(False)
     student = copy.deepcopy(dense).requires_grad_(True)
     freeze_positions(student)
-    pruning = add_token_pruning(student, config)
+    add_token_pruning(student, config)
     global_batch = (
         settings.per_device_train_batch_size * settings.gradient_accumulation_steps * run.accelerator.num_processes
     )
@@ -390,9 +390,7 @@ def prune_tokens(
         checkpoints=checkpoints,
         log_path=run.output_dir / "train_log.jsonl",
     )
-    pruned.eval()
-    calibrate_thresholds(pruned, calibration_batches(loaders, run), pruning.settings.keep_ratios)
-    return pruned
+    return pruned.eval()
 
 
 def calibration_batches(loaders: Loaders, run: Run) -> Any:
@@ -408,8 +406,10 @@ def calibration_batches(loaders: Loaders, run: Run) -> Any:
 def fit_latency(
     settings: Settings, run: Run, dense: nn.Module, pruned: nn.Module, table: LatencyTable, loaders: Loaders
 ) -> TargetShare | None:
-    """Shift the keep ratios until the latency measured on validation images is the target."""
+    """Set thresholds for the keep ratios, shifting them until the latency on validation images is the target."""
+    batches = calibration_batches(loaders, run)
     if settings.keep_ratios is not None:
+        calibrate_thresholds(pruned, batches, settings.keep_ratios)
         return None
     pool, cost = loaders.pool("validation", run), table.cost()
     wanted_ms = target_ms(settings.target_latency, cost.dense)
@@ -421,7 +421,6 @@ def fit_latency(
         times = time_models(models, pool, table.batch_size)
         return cast(float, broadcast_object_list([latency_ratio(times) * cost.dense])[0])
 
-    batches = calibration_batches(loaders, run)
     fit_to_target(
         pruning,
         cost,

@@ -96,7 +96,8 @@ def train_phase(
     optimizer = adamw(model, settings.shapes, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     progress = checkpoints.restore(phase)
-    objective.load_state_dict(progress.extra) if progress.extra else None
+    if progress.extra:
+        objective.load_state_dict(progress.extra)
     num_steps, batches_per_epoch = _length(loader, accelerator, settings)
     bar = tqdm(total=num_steps, initial=progress.step, desc=phase, disable=not accelerator.is_main_process, unit="step")
     every = checkpoints.every if checkpoints.every != 0 else math.ceil(num_steps / max(settings.epochs, 1))

@@ -9,29 +9,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
+from batch_checks import assert_same, batches_of, labels_of
 
 from hf_prune.data.decode import decode_image
 from hf_prune.data.examples import ImageExamples, own_randomness
 from hf_prune.data.loader import EpochShuffle, make_loader
 from hf_prune.data.transforms import eval_transform, train_transform
 from hf_prune.errors import DataError
-
-
-def batches_of(loader):
-    return [{name: tensor.clone() for name, tensor in batch.items()} for batch in loader]
-
-
-def labels_of(batches):
-    return torch.cat([batch["labels"] for batch in batches]).tolist()
-
-
-def assert_same(batches, others):
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys()
-        for name, tensor in batch.items():
-            assert torch.equal(tensor, other[name]), name
-
 
 # Batches
 

@@ -6,26 +6,11 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from batch_checks import assert_same, batches_of, labels_of
 
 from hf_prune.data.examples import IGNORED_LABEL, IterableExamples
 from hf_prune.data.loader import make_loader
 from hf_prune.data.transforms import eval_transform, train_transform
-
-
-def batches_of(loader):
-    return [{name: tensor.clone() for name, tensor in batch.items()} for batch in loader]
-
-
-def labels_of(batches):
-    return torch.cat([batch["labels"] for batch in batches]).tolist()
-
-
-def assert_same(batches, others):
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys()
-        for name, tensor in batch.items():
-            assert torch.equal(tensor, other[name]), name
 
 
 def test_stream_is_evaluated_in_order_and_in_full(numbered_stream, plain):
