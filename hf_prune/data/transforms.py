@@ -130,8 +130,12 @@ class Augmentation:
 
     @classmethod
     def gentle(cls) -> "Augmentation":
-        """Crop a little and never flip: for digits, signs and other images whose sides matter."""
-        return cls(auto_augment=None, random_erasing_prob=0.0, hflip_prob=0.0, crop_scale_min=0.8)
+        """Crop a little, erase a rectangle now and then, never flip: for digits, signs and others whose sides matter."""
+        return cls(auto_augment=None, hflip_prob=0.0, crop_scale_min=0.8)
+
+
+# What a command line may name.
+AUGMENTATIONS = {"deit": Augmentation(), "gentle": Augmentation.gentle(), "none": Augmentation.none()}
 
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:

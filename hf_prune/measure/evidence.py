@@ -1,5 +1,6 @@
 """Dense beside pruned: the measurements that tables, cards and pictures are made of."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_prune.measure.token_cost import TokenCost, count_params
 from hf_prune.tokens.attach import token_pruning_of
 from hf_prune.tokens.site import logits_of
 
+MIN_REPEATS, MAX_REPEATS = 30, 200
 FIGURES = ("dropped_patches.png", "tokens_kept.png", "latency_accuracy.png")
 
 
@@ -69,19 +71,22 @@ class PixelPool:
 
 @torch.no_grad()
 def time_models(
-    models: dict[str, nn.Module], pool: PixelPool, batch_size: int, *, min_repeats: int = 30
+    models: dict[str, nn.Module], pool: PixelPool, batch_size: int, *, seconds: float = 8.0
 ) -> dict[str, list[float]]:
     """Return milliseconds per batch of several models on the same real batches, taken in turns.
 
-    An adaptive model is as fast as its images are easy, so every batch of the pool is used equally often.
+    An adaptive model is as fast as its images are easy, so every batch of the pool is used equally often: for about
+    `seconds` in all, but at least 30 and at most 200 times a model.
     """
-    num_batches = min(pool.num_batches(batch_size), min_repeats)
-    rounds = -(-min_repeats // num_batches)
+    num_batches = min(pool.num_batches(batch_size), MIN_REPEATS)
 
     def runner(model: nn.Module) -> Callable[[int], object]:
         return lambda repeat: model(pool.batch(repeat % num_batches, batch_size))
 
     runs = {name: runner(model.eval()) for name, model in models.items()}
+    one_round_ms = num_batches * sum(map(sum, time_side_by_side(runs, pool.pixels.device, repeats=1).values()))
+    repeats = min(max(num_batches * seconds * 1e3 / one_round_ms, MIN_REPEATS), MAX_REPEATS)
+    rounds = math.ceil(repeats / num_batches)
     times = time_side_by_side(runs, pool.pixels.device, repeats=rounds * num_batches)
     # One number a batch: the median over its rounds, so that a hiccup of the machine is not taken for a hard image.
     return {

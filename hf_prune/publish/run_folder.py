@@ -27,7 +27,7 @@ from hf_prune.models import DenseModel
 from hf_prune.publish.card import render_card
 from hf_prune.publish.manifest import versions
 from hf_prune.publish.save import load, save
-from hf_prune.run import Run
+from hf_prune.recipe.run import Run
 from hf_prune.tokens.attach import token_pruning_of
 from hf_prune.tokens.site import logits_of
 

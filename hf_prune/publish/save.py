@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, cast
 
 import timm
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (of httpx or httpx2)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
@@ -20,6 +23,7 @@ from hf_prune.publish.manifest import KEY, Manifest, checkpoint_prefixes, versio
 from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save(
@@ -71,19 +75,21 @@ def save(
     return target
 
 
-def load(folder: str | os.PathLike[str]) -> nn.Module:
+def load(folder_or_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> nn.Module:
     """Return the model that `save` wrote, in evaluation mode, of its own class, with equal logits.
 
     Nothing is unpickled; the manifest is checked before anything is built.
 
     Args:
-        folder: A local folder.
+        folder_or_id: A local folder, or "owner/name" on the Hub (kept in the Hub's cache).
+        revision: Branch, tag or commit on the Hub.
+        token: For private repositories; None takes the one that is logged in.
 
     Raises:
-        ModelLoadError: If the folder holds no readable model.
+        ModelLoadError: If there is no readable model.
         ManifestError: If the manifest is missing, malformed, or does not fit the weights.
     """
-    path = Path(folder)
+    path = _local(folder_or_id, revision, token)
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -99,6 +105,20 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
     manifest.require_names(checkpoint_keys(path))
     model = _load_timm(path, manifest) if "architecture" in config else _load_transformers(path, config)
     return model.eval()
+
+
+def _local(folder_or_id: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
+    """Return the folder, fetched from the Hub where it is not a local one."""
+    path, name = Path(folder_or_id), str(folder_or_id)
+    if path.exists() or not REPO_ID.fullmatch(name):
+        return path
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError, HTTPError) as err:
+        raise ModelLoadError(
+            f"'{name}' must be a local folder or a model on the Hub that you may read; there is no such folder, and "
+            f"the Hub said: {err}"
+        ) from err
 
 
 def checkpoint_keys(folder: Path) -> list[str]:

@@ -113,6 +113,21 @@ class TokenPruning(nn.Module):
         self._add_selector(block, 0.95)
         self.selectors[str(block)].to(device)  # type: ignore[arg-type]
 
+    def keep_selectors(self, before_blocks: tuple[int, ...], keep_ratios: tuple[float, ...]) -> None:
+        """Take all selectors out but those before the given blocks, which shall reach these keep ratios.
+
+        Raises:
+            ManifestError: If there is no selector before one of the blocks.
+        """
+        missing = [block for block in before_blocks if str(block) not in self.selectors]
+        if missing:
+            raise ManifestError(
+                f"selectors can be kept where there are some, before blocks {self.settings.before_blocks}, "
+                f"got {before_blocks}"
+            )
+        self.settings = replace(self.settings, before_blocks=before_blocks, keep_ratios=keep_ratios)
+        self.selectors = nn.ModuleDict({str(block): self.selectors[str(block)] for block in before_blocks})
+
     @property
     def _removes(self) -> bool:
         """Whether dropped tokens leave the sequence."""

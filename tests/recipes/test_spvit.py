@@ -4,20 +4,25 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny_models import build_dense
 
 import hf_prune
 from hf_prune.errors import HfPruneError
+from hf_prune.recipe.settings import parse
+from hf_prune.tokens.attach import token_pruning_of
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "spvit.py")
@@ -47,9 +52,10 @@ def refuse(*arguments: str, folder: Path) -> str:
     sys.modules["spvit_recipe"] = recipe
     spec.loader.exec_module(recipe)
     threads = torch.get_num_threads()
+    line = [*QUICK, *arguments, "--output_dir", str(folder)]
     try:
         with pytest.raises(HfPruneError) as caught:
-            recipe.main(recipe.parse([*QUICK, *arguments, "--output_dir", str(folder)]))
+            recipe.main(parse(recipe.Settings, line, description=None, embedded=recipe.EMBEDDED_SETTINGS))
     finally:
         torch.set_num_threads(threads)
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -99,6 +105,46 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_weights(tmp_pa
     first, second = weights(tmp_path / "whole"), weights(folder)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_block_to_stage_finds_places_and_resumes_between_insertions(tmp_path):
+    arguments = [
+        *QUICK, "--num_train_epochs", "1", "--block_to_stage", "--insertion_max_drop", "1", "--target_latency", "0.97",
+        "--insertion_epochs", "0.25", "--checkpointing_steps", "epoch",
+    ]  # fmt: skip
+    shown = succeed(*arguments, folder=tmp_path / "out")
+    tried = re.findall(r"selectors before blocks \(([\d, ]+?),?\)", shown)
+    assert tried[0] == "5"
+    assert all(longer.endswith(shorter) for shorter, longer in pairwise(tried))
+    pruning = token_pruning_of(hf_prune.load(tmp_path / "out"))
+    assert str(pruning.settings.before_blocks) in shown.split("stages:")[1]
+    assert {str(block) for block in pruning.settings.before_blocks} <= set(tried[-1].split(", "))
+    before = weights(tmp_path / "out")
+    shutil.rmtree(next((tmp_path / "out" / "checkpoints").glob("spvit-*")))
+    again = succeed(*arguments, "--resume_from_checkpoint", "latest", folder=tmp_path / "out")
+    assert re.findall(r"stages: .*", again) == re.findall(r"stages: .*", shown)
+    # Thresholds follow the measured latency; everything that was trained is the same to the bit.
+    trained = [name for name in before if "keep_threshold" not in name]
+    after = weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in trained)
+
+
+def test_a_run_pushes_everything_in_one_commit_and_comes_back_from_there(tmp_path):
+    with HubServer() as hub:
+        there = hub.environment(tmp_path / "home")
+        shown = succeed(
+            *QUICK, "--keep_ratios", "0.6", "0.3", "--push_to_hub", "--hub_model_id", "me/digits", "--hub_private",
+            folder=tmp_path / "out", **there,
+        )  # fmt: skip
+        assert f"pushed: {hub.url}/me/digits/commit/" in shown
+        (commit,) = [commit for commit in hub.commits("me/digits") if "model.safetensors" in commit.files]
+        local = {path.name: path for path in (tmp_path / "out").iterdir()}
+        assert set(commit.files) - {".gitattributes"} == set(local)
+        assert commit.files["model.safetensors"] == local["model.safetensors"].read_bytes()
+        code = "import hf_prune; print(type(hf_prune.load('me/digits')).__name__)"
+        env = {**os.environ, **there}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "ViTForImageClassification", done.stderr[-2000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -157,6 +203,8 @@ def test_a_timm_model_and_a_folder_of_pictures(tmp_path):
         (["--expected_processes", "2"], "RecipeError: `--expected_processes` is 2"),
         (["--checkpointing_steps", "often"], "RecipeError: `--checkpointing_steps` must be"),
         (["--resume_from_checkpoint", "latest"], "CheckpointError: "),
+        (["--block_to_stage", "--keep_ratios", "0.6"], "RecipeError: `--block_to_stage` finds"),
+        (["--block_to_stage", "--target_latency", "0.01"], "BudgetError: the lowest reachable cost"),
         (["--push_to_hub"], "RecipeError: `--push_to_hub` needs `--hub_model_id"),
         (["--latency_table", "nowhere.json"], "LatencyTableError: no latency table"),
         (["--streaming", "--dataset_name", "digits"], "Error: "),

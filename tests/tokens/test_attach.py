@@ -266,3 +266,24 @@ def test_pruning_twice_or_behind_the_last_block_is_refused(vit):
 def test_a_dense_model_has_no_selectors_to_return(vit):
     with pytest.raises(UnsupportedModelError, match="add_token_pruning"):
         token_pruning_of(vit)
+
+
+def test_selectors_are_inserted_in_front_and_taken_out_again():
+    model = build_dense("vit")
+    pruning = add_token_pruning(model, SETTINGS)
+    second = pruning.selectors["4"]
+    pruning.insert_first(1)
+    assert pruning.settings.before_blocks == (1, 2, 4)
+    assert set(pruning.selectors) == {"1", "2", "4"}
+    model.eval()
+    assert len(run(model, pixel_batch(2))[1]) == 3
+    with pytest.raises(ManifestError, match="where there are some"):
+        pruning.keep_selectors((1, 3), (0.5, 0.3))
+    pruning.keep_selectors((1, 4), (0.5, 0.3))
+    assert pruning.settings.before_blocks == (1, 4)
+    assert pruning.settings.keep_ratios == (0.5, 0.3)
+    assert pruning.selectors["4"] is second
+    assert len(run(model, pixel_batch(2))[1]) == 2
+    assert not any(key.startswith("vit.encoder.token_pruning.selectors.2.") for key in model.state_dict())
+    with pytest.raises(ManifestError):
+        pruning.insert_first(3)

@@ -1,0 +1,1 @@
+"""What all recipes share: settings, the start of a run, its images, models, checkpoints."""
