@@ -39,3 +39,19 @@ class RecipeError(HfPruneError, ValueError):
 
 class HfPruneWarning(UserWarning):
     """Something was left out or replaced, and the result says so."""
+
+
+class TraceError(HfPruneError):
+    """A model cannot be run or followed."""
+
+
+class SurgeryError(HfPruneError):
+    """A cut model is not what was predicted; the model was left as it was."""
+
+
+class PlanError(HfPruneError, ValueError):
+    """A plan is malformed or belongs to another model."""
+
+
+class CriterionError(HfPruneError, ValueError):
+    """A criterion is unknown, is set up wrongly, lacks data, or cannot score an axis."""

@@ -130,7 +130,7 @@ class Augmentation:
 
     @classmethod
     def gentle(cls) -> "Augmentation":
-        """Crop a little, erase a rectangle now and then, never flip: for digits, signs and others whose sides matter."""
+        """Crop a little, erase a rectangle, never flip: for digits, signs and others whose sides matter."""
         return cls(auto_augment=None, hflip_prob=0.0, crop_scale_min=0.8)
 
 

@@ -1,0 +1,1 @@
+"""The models that benchmarks/coverage.py is run on, as plain data."""

@@ -1,0 +1,1 @@
+"""Share a budget out among axes."""

@@ -1,0 +1,11 @@
+"""One rule an operation: how the dimensions of its inputs become those of its outputs.
+
+A rule is given a `Call` and returns the expressions of the output's dimensions, or a list of those where there are
+several outputs. Element-wise operations need no rule of their own (torch marks them), and an operation without a rule
+fixes every axis that it touches.
+"""
+
+from hf_prune.analyse.rules import images, norms, parts, products, shapes
+from hf_prune.analyse.rules.base import RULES, Dims, elementwise, out_dims
+
+__all__ = ["RULES", "Dims", "elementwise", "images", "norms", "out_dims", "parts", "products", "shapes"]

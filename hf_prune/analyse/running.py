@@ -1,0 +1,94 @@
+"""Run models for their shapes: without weights, without side effects, with an eye on where they are."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class ModuleStack:
+    """Knows in which module the model is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = [""]
+        self.handles = []
+        for path, module in model.named_modules():
+            enter, leave = self._hooks(path)
+            self.handles.append(module.register_forward_pre_hook(enter))
+            self.handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def _hooks(self, path: str) -> tuple[Any, Any]:
+        def enter(*_: Any) -> None:
+            self.paths.append(path)
+
+        def leave(*_: Any) -> None:
+            self.paths.pop()
+
+        return enter, leave
+
+    @property
+    def innermost(self) -> str:
+        """Path of the module whose forward is running."""
+        return self.paths[-1]
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy of a model without its weights: every parameter and buffer on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        stand_in = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(stand_in, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
+        )
+    return copy.deepcopy(model, memo)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer once, by the first of its names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@contextmanager
+def quiet_run(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no fused encoder layers that would hide what happens inside."""
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        # Which attention kernel torch takes depends on sizes; this one is made of operations that have rules.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple or a dictionary of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Return every tensor in whatever a model returns."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return [tensor for part in output for tensor in output_tensors(part)]
+    if hasattr(output, "__dict__"):
+        return output_tensors(vars(output))
+    return []

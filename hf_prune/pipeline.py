@@ -1,0 +1,200 @@
+"""Analyse, score, allocate, cut, verify: the whole road on one screen."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_prune.allocate.allocators import Allocator, Limits, allocator_named, best, meet_budget
+from hf_prune.allocate.budget import Budget
+from hf_prune.allocate.plan import Plan
+from hf_prune.analyse.cost import Cost
+from hf_prune.analyse.graph import AxisGraph, build_graph
+from hf_prune.analyse.inputs import inputs_for, require_plain_tensors
+from hf_prune.analyse.trace import trace
+from hf_prune.errors import BudgetError, PlanError, SurgeryError
+from hf_prune.score.base import Criterion, relative
+from hf_prune.score.registry import criterion as criterion_named
+from hf_prune.surgery.apply import cut_tensors, put_back
+from hf_prune.surgery.probe import freeze_what_cannot_be_repaired, rehearse
+from hf_prune.surgery.repair import Mismatch, Repairs
+from hf_prune.surgery.reshapes import install, remove
+from hf_prune.surgery.verify import (
+    outputs_of,
+    probe_inputs,
+    reasons_not_exact,
+    require_equal,
+    require_shapes,
+    silenced,
+)
+
+RECORD = "_hf_prune_record"
+
+
+@dataclass(frozen=True)
+class PruneRecord:
+    """What was done to a model.
+
+    Attributes:
+        plan: The decision.
+        repairs: Attributes and reshapes that had to be mended.
+        params: Parameters before and after.
+        macs: Multiply-accumulates before and after.
+        difference: Largest difference from the silenced dense model, relative to the outputs; None if not compared.
+        not_exact: Why it was not compared.
+    """
+
+    plan: Plan
+    repairs: Repairs
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    difference: float | None
+    not_exact: list[str]
+
+
+def analyze(model: nn.Module, example_inputs: Any = None) -> AxisGraph:
+    """Find the axes of a model: what can be pruned, what is tied to it, and what must stay, with the reason.
+
+    Args:
+        model: Any `nn.Module`. Not changed.
+        example_inputs: A tensor, a tuple, or a dictionary of keyword arguments, of batch size 1; None reads the input
+            size from the model's own configuration (transformers, timm).
+
+    Returns:
+        Axes with names, kinds, sizes, and the slices of parameters on them.
+
+    Cost: a few runs on the meta device, a fraction of a second to a few seconds; no copy of the weights.
+
+    Raises:
+        TraceError: If the model cannot run on the inputs, or its tensors are quantised or without data.
+    """
+    require_plain_tensors(model)
+    inputs = inputs_for(model) if example_inputs is None else example_inputs
+    recording, empty = trace(model, inputs)
+    graph = build_graph(model, recording, empty, inputs)
+    freeze_what_cannot_be_repaired(graph)
+    return build_graph(model, recording, empty, inputs)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    budget: Budget | None = None,
+    keep_ratio: float | None = None,
+    criterion: str | Criterion = "magnitude",
+    allocator: str | Allocator = "isomorphic",
+    limits: Limits | None = None,
+    data: Iterable[Any] | None = None,
+    graph: AxisGraph | None = None,
+) -> Plan:
+    """Decide what to keep, without changing the model.
+
+    Args:
+        model: Any `nn.Module`.
+        example_inputs: See `analyze`.
+        budget: What the pruned model may cost. Either this or `keep_ratio`.
+        keep_ratio: Share of every axis to keep, instead of a budget and an allocator.
+        criterion: How units are scored, by name or instance; see `hf_prune.score.registry`.
+        allocator: How the budget is shared out: uniform, global_rank, isomorphic, or a function.
+        limits: Kinds, protected axes, rounding, minimum sizes.
+        data: Batches, for criteria that look at data.
+        graph: The analysis, if it was made before.
+
+    Raises:
+        BudgetError: If the budget cannot be met.
+        PlanError: If nothing would be pruned.
+        CriterionError: If the criterion is unknown or lacks data.
+    """
+    graph, limits = graph or analyze(model, example_inputs), limits or Limits()
+    axes: Sequence = limits.choose(list(graph.axes.values()))
+    if not axes:
+        raise PlanError(f"there is nothing to prune: none of the {len(graph.axes)} free axes is allowed by the limits")
+    if (budget is None) == (keep_ratio is None):
+        raise BudgetError("give either `budget` or `keep_ratio`, for example budget=Budget(macs=0.5)")
+    rule = criterion_named(criterion)
+    scores = rule.score(model, graph, axes, data)
+    if not rule.comparable:
+        # As Torch-Pruning does by default (Fang et al., DepGraph, CVPR 2023): every axis has mean 1.
+        scores = {name: relative(values) for name, values in scores.items()}
+    if keep_ratio is not None:
+        wanted = {axis.name: limits.apply(axis, round(axis.size * keep_ratio)) for axis in axes}
+        kept = best(scores, wanted)
+    else:
+        assert budget is not None
+        cost, limit = budget.measure(Cost.of(graph, {name for name, _ in model.named_parameters()}))
+        kept = meet_budget(axes, scores, allocator_named(allocator)(axes, scores), cost, limit, limits)
+    return Plan.of(graph, kept)
+
+
+def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: bool = True) -> PruneRecord:
+    """Cut a model in place, verified; on any failure it is left as it was.
+
+    Raises:
+        PlanError: If the plan is of another model or removes nothing.
+        SurgeryError: If the cut model is not as predicted.
+    """
+    kept = decided.on(graph)
+    if not kept:
+        raise PlanError("the plan removes nothing: every axis keeps all its units")
+    try:
+        repairs = rehearse(graph, kept)
+    except Mismatch as err:
+        raise SurgeryError(f"the cut model must run as the dense one does, but in '{err.module}' {err}") from err
+    not_exact = reasons_not_exact(graph, kept)
+    inputs, expected = probe_inputs(graph, model), None
+    if verify and not not_exact:
+        with silenced(model, graph, kept):
+            expected = outputs_of(model, inputs)
+    modules = dict(model.named_modules())
+    old = {path: {name: getattr(modules[path], name) for name in values} for path, values in repairs.attributes.items()}
+    before = cut_tensors(model, graph.recording.dims, kept)
+    try:
+        _set(modules, repairs.attributes)
+        install(model, repairs.reshapes)
+        require_shapes(model, graph, kept)
+        found = outputs_of(model, inputs) if verify else []
+        difference = None if expected is None else require_equal(expected, found)
+    except Exception as err:
+        put_back(model, before)
+        _set(modules, old)
+        for path in repairs.reshapes:
+            remove(modules[path])
+        if isinstance(err, SurgeryError):
+            raise
+        raise SurgeryError(f"the cut model must run, but it does not: {type(err).__name__}: {err}") from err
+    cost, sizes = Cost.of(graph, {name for name, _ in model.named_parameters()}), {a: len(i) for a, i in kept.items()}
+    record = PruneRecord(
+        decided,
+        repairs,
+        (cost.params({}), cost.params(sizes)),
+        (cost.macs({}), cost.macs(sizes)),
+        difference,
+        not_exact,
+    )
+    model.__dict__[RECORD] = record
+    return record
+
+
+def prune(model: nn.Module, example_inputs: Any = None, **settings: Any) -> nn.Module:
+    """Prune a model in place and return it: analysed, scored, cut, repaired and verified.
+
+    Args:
+        model: Any `nn.Module`; of the same class afterwards.
+        example_inputs: A tensor, a tuple or a dictionary of keyword arguments; None takes them from the model's own
+            configuration.
+        settings: See `plan`.
+
+    Raises:
+        HfPruneError: One of its kinds, and the model is as it was.
+    """
+    graph = analyze(model, example_inputs)
+    apply_plan(model, plan(model, graph=graph, **settings), graph)
+    return model
+
+
+def _set(modules: dict[str, nn.Module], attributes: dict[str, dict[str, Any]]) -> None:
+    for path, values in attributes.items():
+        for name, value in values.items():
+            setattr(modules[path], name, value)

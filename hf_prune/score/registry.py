@@ -1,0 +1,43 @@
+"""Criteria by name.
+
+To add one: write `hf_prune/score/<name>.py` with a frozen dataclass that extends `Criterion` and works with its
+defaults, and add a line below. The tests in `tests/score/test_criteria_contract.py` then run on it.
+"""
+
+import difflib
+from importlib import import_module
+
+from hf_prune.errors import CriterionError
+from hf_prune.score.base import Criterion
+
+# Name, which is the file's, -> class in it. Imported when asked for.
+CRITERIA = {
+    "activation": "Activation",
+    "bn_scale": "BnScale",
+    "fisher": "Fisher",
+    "fpgm": "Fpgm",
+    "lamp": "Lamp",
+    "magnitude": "Magnitude",
+    "random": "Random",
+    "taylor": "Taylor",
+    "whc": "Whc",
+}
+
+
+def criterion(name: str | Criterion) -> Criterion:
+    """Return a criterion by name, with its defaults, or the one given.
+
+    Raises:
+        CriterionError: If the name is unknown, with all names and the nearest one.
+    """
+    if isinstance(name, Criterion):
+        return name
+    if isinstance(name, type) and issubclass(name, Criterion):
+        raise CriterionError(f"`criterion` must be a name or an instance, got the class; write {name.__name__}()")
+    if not isinstance(name, str) or name not in CRITERIA:
+        near = difflib.get_close_matches(str(name).lower(), CRITERIA, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise CriterionError(
+            f"`criterion` must be one of {', '.join(CRITERIA)} or an instance of Criterion, got {name!r}{hint}"
+        )
+    return getattr(import_module(f"hf_prune.score.{name}"), CRITERIA[name])()

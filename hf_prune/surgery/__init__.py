@@ -1,0 +1,1 @@
+"""Cut a model along its axes, repair what its code believes about sizes, and prove the result."""

@@ -1,0 +1,356 @@
+"""Mend what a model's own code believes about sizes, by replaying the traced run on the cut model.
+
+The first operation whose shape is not as predicted names the module and the number that is wrong (12 where 6 is
+expected); the attribute of that module that holds the number is set, and the replay goes on.
+"""
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from hf_prune.analyse.axes import Axis, Expr, leaves, resolve, size_after, size_of
+from hf_prune.analyse.running import ModuleStack, call_model, quiet_run
+from hf_prune.analyse.trace import Recording, Step
+from hf_prune.analyse.watch import Watch
+from hf_prune.surgery.reshapes import Reshapes, install
+
+Attributes = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Repairs:
+    """What was mended, as data.
+
+    Attributes:
+        attributes: Module path -> attribute -> value.
+        reshapes: Sizes corrected on their way into torch; see `surgery.reshapes`.
+    """
+
+    attributes: Attributes = field(default_factory=dict)
+    reshapes: Reshapes = field(default_factory=dict)
+
+
+Sizes = dict[Axis, int]
+
+
+# Whether a tensor must be copied before it is viewed differently depends on sizes: these come and go.
+SOFT = {f"aten::{name}" for name in (
+    "clone", "contiguous", "alias", "detach", "_to_copy", "expand", "view", "_unsafe_view", "_reshape_alias", "t",
+    "transpose", "permute", "unsqueeze", "squeeze", "copy_", "lift_fresh", "empty", "empty_like", "empty_strided",
+    "slice",
+)}  # fmt: skip
+
+
+class Mismatch(Exception):  # noqa: N818 (a signal, not an error of the user's)
+    """The replay left the traced path.
+
+    Attributes:
+        steps: The recorded steps that were due.
+        module: Path of the innermost module that was running.
+        given: Sizes that the module's reshapes were given so far.
+        scale: (number used, numbers recorded) if a factor changed rather than a shape.
+    """
+
+    def __init__(self, what: str, scale: tuple[float, tuple[float, ...]] | None = None) -> None:
+        super().__init__(what)
+        self.steps: list[Step] = []
+        self.module, self.scale = "", scale
+        self.given: list[list[int] | None] = []
+
+
+class Replay(TorchDispatchMode):
+    """Compares every operation that computes something with the trace."""
+
+    def __init__(self, recording: Recording, sizes: Sizes) -> None:
+        super().__init__()
+        self.steps, self.sizes, self.position = recording.steps, sizes, 0
+
+    def due(self) -> list[Step]:
+        """Return the recorded steps from where the replay stands to the next one that computes something."""
+        stop = self.position
+        while stop < len(self.steps) and self.steps[stop].name in SOFT:
+            stop += 1
+        return self.steps[self.position : stop + 1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
+            args, kwargs = cast(Any, tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs)))
+        if name in SOFT:
+            return func(*args, **cast(dict[str, Any], kwargs))
+        due = self.due()
+        if not due or due[-1].name != name:
+            raise Mismatch(f"{name} runs where {due[-1].name if due else 'the end'} did")
+        out = func(*args, **cast(dict[str, Any], kwargs))
+        self._compare(due[-1], out, args, kwargs)
+        self.position += len(due)
+        return out
+
+    def _compare(self, step: Step, out: Any, args: Any, kwargs: Any) -> None:
+        outputs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
+        for tensor, dims in zip(outputs, step.outputs, strict=True):
+            expected = [size_after(dim, self.sizes) for dim in dims]
+            if list(tensor.shape) != expected:
+                raise Mismatch(f"{step.name} gives {list(tensor.shape)}, expected {expected}")
+        numbers = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, float) and math.isfinite(leaf)]
+        for number in numbers:
+            if not any(math.isclose(number, recorded, rel_tol=1e-6) for recorded in step.scalars):
+                raise Mismatch(
+                    f"{step.name} uses {number:.4g} where {sorted(step.scalars)} was used", (number, step.scalars)
+                )
+
+
+def first_mismatch(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> Mismatch | None:
+    """Run a cut model and return where it leaves the trace, or None if it does not."""
+    try:
+        replay(model, recording, sizes, inputs)
+    except Mismatch as mismatch:
+        return mismatch
+    return None
+
+
+def replay(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> None:
+    """Run a cut model and compare it with the trace.
+
+    Raises:
+        Mismatch: At the first step that is not as predicted.
+    """
+    mode, stack = Replay(recording, sizes), ModuleStack(model)
+    given: dict[str, list[list[int] | None]] = defaultdict(list)
+
+    def note(asked: list[int] | None) -> None:
+        for path in dict.fromkeys(stack.paths):
+            given[path].append(asked)
+        # Nothing may be computed between two views, so a wrong one can cancel out in shape and still mix units.
+        calls, number = recording.reshapes.get(stack.innermost, []), len(given[stack.innermost]) - 1
+        expected = [size_after(dim, sizes) for dim in calls[number]] if number < len(calls) else []
+        if (
+            asked
+            and len(asked) == len(expected)
+            and any(n not in (-1, m) for n, m in zip(asked, expected, strict=True))
+        ):
+            raise Mismatch(f"a reshape asks for {asked}, expected {expected}")
+
+    try:
+        with quiet_run(model), Watch(note, lambda *_: None), mode:
+            call_model(model, inputs)
+    except Exception as err:
+        # Torch's own checks speak up outside of any operator too; what was due then is to blame.
+        mismatch = err if isinstance(err, Mismatch) else Mismatch(f"{type(err).__name__}: {err}")
+        mismatch.module = _running_module(model, err)
+        due = mode.due() or recording.steps[-1:]
+        mismatch.steps = [step for step in due if step.module == mismatch.module] or due
+        mismatch.given = given[mismatch.module]
+        raise mismatch from err
+    finally:
+        stack.remove()
+
+
+def _running_module(model: nn.Module, err: BaseException) -> str:
+    """Return the path of the innermost module in whose forward an error arose."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found, frame = "", err.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        found = paths.get(id(owner), found) if isinstance(owner, nn.Module) else found
+        frame = frame.tb_next
+    return found
+
+
+def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> Repairs:
+    """Mend a cut model until the replay agrees with the trace to the end.
+
+    Args:
+        model: With cut tensors; changed in place.
+        recording: Trace of the dense model.
+        sizes: Units left on each axis that was cut.
+        inputs: What the trace ran on, on the model's device.
+
+    Returns:
+        What was mended.
+
+    Raises:
+        Mismatch: If a step disagrees and neither an attribute nor a reshape explains it.
+    """
+    modules = dict(model.named_modules())
+    done = Repairs(attributes=set_known_layers(model, groups_after(recording, sizes)))
+    while (mismatch := first_mismatch(model, recording, sizes, inputs)) is not None:
+        if attributes := attributes_behind(modules, recording, mismatch, sizes):
+            for path, values in attributes.items():
+                for name, value in values.items():
+                    setattr(modules[path], name, value)
+                done.attributes.setdefault(path, {}).update(values)
+        elif reshapes := reshapes_behind(modules, recording, mismatch, sizes, done.reshapes):
+            for path, calls in reshapes.items():
+                for call, row in calls.items():
+                    done.reshapes.setdefault(path, {}).setdefault(call, {}).update(row)
+            install(model, done.reshapes)
+        else:
+            raise mismatch
+    return done
+
+
+def reshapes_behind(
+    modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes, done: Reshapes
+) -> Reshapes:
+    """Find the first reshape of the failing module that was asked for a wrong size, and the same call elsewhere.
+
+    Empty if there is none, or it was corrected already.
+    """
+    path = mismatch.module
+    for call, (asked, dims) in enumerate(zip(mismatch.given, recording.reshapes.get(path, []), strict=False)):
+        expected = [size_after(dim, sizes) for dim in dims]
+        if asked is None or len(asked) != len(expected):
+            continue
+        wrong = [p for p, size in enumerate(asked) if size not in (-1, expected[p])]
+        if not wrong or set(wrong) <= set(done.get(path, {}).get(call, {})):
+            continue
+        found: Reshapes = {}
+        for other, module in modules.items():
+            calls = recording.reshapes.get(other, [])
+            if type(module) is type(modules[path]) and len(calls) == len(recording.reshapes[path]):
+                after = [size_after(dim, sizes) for dim in calls[call]]
+                if len(after) == len(expected):
+                    found[other] = {call: {p: after[p] for p in wrong}}
+        return found
+    return {}
+
+
+def attributes_behind(
+    modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes
+) -> Attributes:
+    """Find the attributes that hold a number which should have changed, in the failing module and those of its kind.
+
+    Once set, an attribute no longer holds the old number: the search ends at the latest when all have been set.
+    """
+    wrong, path = changed_numbers(mismatch.steps, sizes), mismatch.module
+    while not (values := _matching(modules[path], wrong)):
+        if not path:
+            return {}
+        path = path.rpartition(".")[0]
+    found: Attributes = {path: values}
+    by_module = _steps_by_module(recording)
+    for other, module in modules.items():
+        if other != path and type(module) is type(modules[path]):
+            steps = [step for inner, part in by_module.items() for step in part
+                     if inner == other or inner.startswith(other + ".")]  # fmt: skip
+            there = _matching(module, changed_numbers(steps, sizes))
+            same = {name: value for name, value in there.items() if name in values}
+            if same:
+                found[other] = same
+    return found
+
+
+def _steps_by_module(recording: Recording) -> dict[str, list[Step]]:
+    by_module: dict[str, list[Step]] = defaultdict(list)
+    for step in recording.steps:
+        by_module[step.module].append(step)
+    return by_module
+
+
+def changed_numbers(steps: list[Step], sizes: Sizes) -> dict[int, int]:
+    """Return before -> after for sizes that change at steps; a number that changes in two ways is left out."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for step in steps:
+        for dims in [*step.outputs, *step.inputs]:
+            for dim in dims:
+                for part in parts_of(dim):
+                    before, after = size_of(part), size_after(part, sizes)
+                    if before != after:
+                        found[before].add(after)
+    return {before: after.pop() for before, after in found.items() if len(after) == 1}
+
+
+def parts_of(expr: Expr) -> list[Expr]:
+    """Return a dimension and everything it is made of."""
+    expr = resolve(expr)
+    children = getattr(expr, "factors", None) or getattr(expr, "parts", None) or ()
+    return [expr, *(part for child in children for part in parts_of(child))]
+
+
+# Numbers that describe images and windows are equal to a width by accident only.
+NOT_A_WIDTH = re.compile(r"image|img|patch|kernel|stride|window|grid|padding|dilation|resolution")
+
+
+def _matching(module: nn.Module, numbers: dict[int, int]) -> dict[str, Any]:
+    """Return the attributes that hold one of the numbers, with their new values."""
+    values: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or name == "training" or NOT_A_WIDTH.search(name):
+            continue
+        if type(value) is int and value in numbers:
+            values[name] = numbers[value]
+        elif isinstance(value, tuple | list) and value and all(type(part) is int for part in value):
+            changed = [numbers.get(part, part) for part in value]
+            if changed != list(value):
+                values[name] = type(value)(changed)
+    return values
+
+
+def groups_after(recording: Recording, sizes: Sizes) -> dict[str, int]:
+    """Return how many groups every plain convolution has after the cut, by the path of its module."""
+    return {
+        step.module: size_after(step.inputs[0][1], sizes) // size_after(step.inputs[1][1], sizes)
+        for step in recording.steps
+        if step.name == "aten::convolution"
+    }
+
+
+def set_known_layers(model: nn.Module, groups: dict[str, int]) -> Attributes:
+    """Set the sizes that torch's own layers keep, from the tensors they hold now."""
+    done: Attributes = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        wanted: dict[str, Any] = {}
+        if isinstance(module, nn.Linear):
+            wanted = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+        elif isinstance(module, nn.LayerNorm):
+            wanted = {"normalized_shape": tuple(weight.shape)}
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            wanted = {"num_features": weight.shape[0]}
+        elif isinstance(module, nn.GroupNorm):
+            wanted = {"num_channels": weight.shape[0]}
+        elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+            number = groups.get(path, module.groups)
+            wanted = {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * number, "groups": number}
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            wanted = {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
+        changed = {name: value for name, value in wanted.items() if getattr(module, name) != value}
+        for name, value in changed.items():
+            setattr(module, name, value)
+        if changed:
+            done[path] = changed
+    return done
+
+
+def blamed(mismatch: Mismatch, recording: Recording, sizes: Sizes) -> set[Axis]:
+    """Return the cut axes that a mismatch is about: those of its steps, or else of the module around them."""
+    cut, path = _cut_axes(mismatch.steps, sizes), mismatch.module
+    while not cut and path:
+        cut = _cut_axes([s for s in recording.steps if s.module == path or s.module.startswith(path + ".")], sizes)
+        path = path.rpartition(".")[0]
+    if mismatch.scale is None:
+        return cut
+    number, recorded = mismatch.scale
+    ratios = [number / other for other in recorded if other]
+    explained = {
+        axis for axis in cut for power in (-1, -0.5, -0.25, 0.25, 0.5, 1)
+        if any(math.isclose(ratio, (sizes[axis] / axis.size) ** power, rel_tol=1e-4) for ratio in ratios)
+    }  # fmt: skip
+    # Scales come from the width at which queries meet keys; other axes can shrink by the same factor by accident.
+    widths = {leaf for expr, use in recording.uses if use == "attention width" for leaf in leaves(expr)}
+    return explained & widths or explained or cut
+
+
+def _cut_axes(steps: list[Step], sizes: Sizes) -> set[Axis]:
+    axes = {leaf for step in steps for dims in [*step.outputs, *step.inputs] for dim in dims for leaf in leaves(dim)}
+    return {axis for axis in axes if sizes.get(axis, axis.size) != axis.size}
