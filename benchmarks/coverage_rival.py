@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch_pruning as tp
+import torch_pruning as tp  # pyright: ignore[reportMissingImports]  (only needed for the comparison)
 import torchvision
 from coverage_models import build
 from coverage_ours import KEEP, Dense, counts, run
