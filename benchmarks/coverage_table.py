@@ -53,7 +53,10 @@ def _summary(ours: dict[str, Record], theirs: dict[str, Record]) -> list[str]:
     for family in [*FAMILIES.values(), "all"]:
         names = [name for name in ours if family in ("all", _family(name))]
         figures = [_number(ours, names, key) for key in ("traced", "verified", "counts")]
-        rival = _number(theirs, names, "counts") if theirs else "-"
+        if not names:
+            continue
+        tried = sum(name in theirs for name in names)
+        rival = f"{_number(theirs, names, 'counts')} of {tried}" if tried else "not measured"
         rows.append(f"| {family} | {len(names)} | " + " | ".join(map(str, figures)) + f" | {rival} |")
     return rows
 

@@ -24,6 +24,7 @@ from hf_prune.data.examples import own_randomness
 from hf_prune.data.transforms import Augmentation, Preprocessing, eval_transform, train_transform
 from hf_prune.errors import DataError
 
+CROPPING = Augmentation(auto_augment=None, random_erasing_prob=0.0, hflip_prob=0.0, crop_scale_min=0.8)
 SMALL = {"height": 16, "width": 16}
 DINOV2 = {
     "size": {"shortest_edge": 36},
@@ -101,7 +102,7 @@ def test_training_scales_pixels_as_evaluation_does(do_rescale, do_normalize):
     preprocessing = Preprocessing.from_processor(processor)
     one_colour = Image.new("RGB", (30, 30), (10, 100, 200))
     expected = eval_transform(preprocessing)(one_colour)
-    actual = train_transform(preprocessing, Augmentation.gentle())(one_colour)
+    actual = train_transform(preprocessing, CROPPING)(one_colour)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert expected.dtype == torch.float32
     if not do_rescale and not do_normalize:
@@ -113,7 +114,7 @@ def test_processors_with_an_order_of_their_own_are_followed():
     preprocessing = Preprocessing.from_processor(processor)
     one_colour = Image.new("RGB", (30, 30), (10, 100, 200))
     expected = eval_transform(preprocessing)(one_colour)
-    actual = train_transform(preprocessing, Augmentation.gentle())(one_colour)
+    actual = train_transform(preprocessing, CROPPING)(one_colour)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -170,7 +171,8 @@ def draws(transform, num_draws):
 
 
 def test_gentle_augmentation_varies_but_never_flips(plain):
-    transform = train_transform(plain, Augmentation.gentle())
+    assert (Augmentation.gentle().hflip_prob, Augmentation.gentle().auto_augment) == (0.0, None)
+    transform = train_transform(plain, CROPPING)
     assert share_flipped(transform) == 0
     first, *others = draws(transform, 5)
     assert any(not torch.equal(first, other) for other in others)
