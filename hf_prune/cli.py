@@ -1,5 +1,7 @@
-"""The command line: `hf-prune analyze|prune MODEL`."""
+"""The command line: `hf-prune analyze|plan MODEL`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,13 +94,11 @@ def _inputs(image_size: int | None) -> Any:
     return None if image_size is None else torch.zeros(1, 3, image_size, image_size)
 
 
-class _plain_errors:
+@contextmanager
+def _plain_errors() -> Iterator[None]:
     """Turn the library's errors into one line and exit status 1."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, err: BaseException | None, _trace: Any) -> None:
-        if isinstance(err, HfPruneError):
-            typer.echo(f"{type(err).__name__}: {err}", err=True)
-            raise typer.Exit(1) from err
+    try:
+        yield
+    except HfPruneError as err:
+        typer.echo(f"{type(err).__name__}: {err}", err=True)
+        raise typer.Exit(1) from err

@@ -1,5 +1,14 @@
 """The errors this library raises: each says what must hold, what came, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: object, names: Iterable[str], *, most: int = 1) -> str:
+    """Return the end of a message about an unknown name: the nearest of those there are, or nothing."""
+    near = difflib.get_close_matches(str(name), list(names), n=most)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
 
 class HfPruneError(Exception):
     """Root of every error raised on purpose by hf_prune."""

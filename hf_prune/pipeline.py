@@ -18,7 +18,7 @@ from hf_prune.score.base import Criterion, relative
 from hf_prune.score.registry import criterion as criterion_named
 from hf_prune.surgery.apply import cut_tensors, put_back
 from hf_prune.surgery.probe import freeze_what_cannot_be_repaired, rehearse
-from hf_prune.surgery.repair import Mismatch, Repairs
+from hf_prune.surgery.repair import Mismatch, Repairs, set_attributes
 from hf_prune.surgery.reshapes import install, remove
 from hf_prune.surgery.verify import (
     outputs_of,
@@ -28,8 +28,6 @@ from hf_prune.surgery.verify import (
     require_shapes,
     silenced,
 )
-
-RECORD = "_hf_prune_record"
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> AxisGraph:
     inputs = inputs_for(model) if example_inputs is None else example_inputs
     recording, empty = trace(model, inputs)
     graph = build_graph(model, recording, empty, inputs)
-    freeze_what_cannot_be_repaired(graph)
-    return build_graph(model, recording, empty, inputs)
+    return build_graph(model, recording, empty, inputs) if freeze_what_cannot_be_repaired(graph) else graph
 
 
 def plan(
@@ -123,7 +120,7 @@ def plan(
         kept = best(scores, wanted)
     else:
         assert budget is not None
-        cost, limit = budget.measure(Cost.of(graph, {name for name, _ in model.named_parameters()}))
+        cost, limit = budget.measure(Cost.of(graph))
         kept = meet_budget(axes, scores, allocator_named(allocator)(axes, scores), cost, limit, limits)
     return Plan.of(graph, kept)
 
@@ -151,21 +148,21 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
     old = {path: {name: getattr(modules[path], name) for name in values} for path, values in repairs.attributes.items()}
     before = cut_tensors(model, graph.recording.dims, kept)
     try:
-        _set(modules, repairs.attributes)
+        set_attributes(modules, repairs.attributes)
         install(model, repairs.reshapes)
         require_shapes(model, graph, kept)
         found = outputs_of(model, inputs) if verify else []
         difference = None if expected is None else require_equal(expected, found)
     except Exception as err:
         put_back(model, before)
-        _set(modules, old)
+        set_attributes(modules, old)
         for path in repairs.reshapes:
             remove(modules[path])
         if isinstance(err, SurgeryError):
             raise
         raise SurgeryError(f"the cut model must run, but it does not: {type(err).__name__}: {err}") from err
-    cost, sizes = Cost.of(graph, {name for name, _ in model.named_parameters()}), {a: len(i) for a, i in kept.items()}
-    record = PruneRecord(
+    cost, sizes = Cost.of(graph), {a: len(i) for a, i in kept.items()}
+    return PruneRecord(
         decided,
         repairs,
         (cost.params({}), cost.params(sizes)),
@@ -173,8 +170,6 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
         difference,
         not_exact,
     )
-    model.__dict__[RECORD] = record
-    return record
 
 
 def prune(model: nn.Module, example_inputs: Any = None, **settings: Any) -> nn.Module:
@@ -192,9 +187,3 @@ def prune(model: nn.Module, example_inputs: Any = None, **settings: Any) -> nn.M
     graph = analyze(model, example_inputs)
     apply_plan(model, plan(model, graph=graph, **settings), graph)
     return model
-
-
-def _set(modules: dict[str, nn.Module], attributes: dict[str, dict[str, Any]]) -> None:
-    for path, values in attributes.items():
-        for name, value in values.items():
-            setattr(modules[path], name, value)

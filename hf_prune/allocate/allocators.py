@@ -5,8 +5,6 @@ remains at a larger ratio is a part of what remains at a smaller one, so that a 
 model, and a budget is met by bisection.
 """
 
-import difflib
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.analyse.graph import KINDS, AxisInfo
-from hf_prune.errors import BudgetError, PlanError
+from hf_prune.errors import BudgetError, PlanError, did_you_mean
 
 Scores = Mapping[str, Tensor]
 KeepAt = Callable[[float], dict[str, int]]
@@ -49,11 +47,7 @@ class Limits:
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                near = difflib.get_close_matches(str(kind), KINDS, n=1)
-                raise PlanError(
-                    f"`kinds` must be of {', '.join(KINDS)}, got '{kind}'"
-                    + (f"; did you mean {near[0]}?" if near else "")
-                )
+                raise PlanError(f"`kinds` must be of {', '.join(KINDS)}, got '{kind}'" + did_you_mean(kind, KINDS))
         if self.round_to < 1 or not 0 <= self.min_keep_ratio <= 1:
             raise PlanError("`round_to` must be 1 or more and `min_keep_ratio` from 0 to 1")
 
@@ -92,7 +86,7 @@ def isomorphic(axes: Sequence[AxisInfo], scores: Scores) -> KeepAt:
     """
     groups: dict[tuple[str, str, int], list[AxisInfo]] = defaultdict(list)
     for axis in axes:
-        groups[axis.kind, re.sub(r"[0-9]+", "#", axis.name), axis.size].append(axis)
+        groups[(*axis.part, axis.size)].append(axis)
     return _ranked(list(groups.values()), scores)
 
 
@@ -124,9 +118,8 @@ def allocator_named(name: str | Allocator) -> Allocator:
     if callable(name):
         return name
     if name not in ALLOCATORS:
-        near = difflib.get_close_matches(str(name), ALLOCATORS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise BudgetError(f"`allocator` must be one of {', '.join(ALLOCATORS)}, got '{name}'{hint}")
+        names = ", ".join(ALLOCATORS)
+        raise BudgetError(f"`allocator` must be one of {names}, got '{name}'" + did_you_mean(name, ALLOCATORS))
     return ALLOCATORS[name]
 
 

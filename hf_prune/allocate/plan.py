@@ -1,6 +1,5 @@
 """The decision: which units of which axes remain."""
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_prune.errors import PlanError
+from hf_prune.errors import PlanError, did_you_mean
 
 if TYPE_CHECKING:
     from hf_prune.analyse.axes import Axis
@@ -138,5 +137,4 @@ def unknown_axis(name: str, graph: "AxisGraph") -> str:
     """Return what to say about a name that is no free axis."""
     if name in graph.frozen:
         return f"axis '{name}' must not be pruned: {graph.frozen[name]}"
-    near = difflib.get_close_matches(name, graph.axes, n=3)
-    return f"the model has no axis '{name}'" + (f"; did you mean {', '.join(near)}?" if near else "")
+    return f"the model has no axis '{name}'" + did_you_mean(name, graph.axes, most=3)

@@ -42,11 +42,11 @@ class Cost:
     activation_values: Polynomial
 
     @classmethod
-    def of(cls, graph: AxisGraph, parameter_names: set[str]) -> "Cost":
+    def of(cls, graph: AxisGraph) -> "Cost":
         """Collect the costs of a traced model."""
         recording = graph.recording
         return cls(
-            _polynomial([dims for name, dims in recording.dims.items() if name in parameter_names]),
+            _polynomial([recording.dims[name] for name, _ in graph.skeleton.named_parameters()]),
             _polynomial(recording.macs),
             _polynomial(recording.activations),
         )

@@ -71,6 +71,11 @@ class AxisInfo:
     can_gate: bool
 
     @property
+    def part(self) -> tuple[str, str]:
+        """The part the axis plays: axes that differ in the numbers of their names only play the same."""
+        return self.kind, re.sub(r"[0-9]+", "#", self.name)
+
+    @property
     def slices(self) -> tuple[Slice, ...]:
         """All slices."""
         return self.writers + self.readers + self.carriers
@@ -233,7 +238,7 @@ def _name(kind: Kind, last: str, slices: Iterable[Slice]) -> str:
 
 
 def _unused(name: str, graph: AxisGraph) -> str:
-    taken, number, candidate = {*graph.axes, *graph.frozen, *graph.names.values()}, 2, name
+    taken, number, candidate = set(graph.names.values()), 2, name
     while candidate in taken:
         candidate, number = f"{re.sub(r'_[0-9]+$', '', name)}_{number}", number + 1
     return candidate

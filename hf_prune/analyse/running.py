@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class ModuleStack:
@@ -50,6 +51,21 @@ def skeleton(model: nn.Module) -> nn.Module:
             nn.Parameter(stand_in, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
         )
     return copy.deepcopy(model, memo)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments, in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def to_meta(tree: Any) -> Any:
+    """Return nested arguments with stand-ins on the meta device for their tensors."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), tree)
+
+
+def is_mixed(tensors: list[Tensor]) -> bool:
+    """Return whether some tensors are on the meta device and others are not: constants that a model keeps elsewhere."""
+    return any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -12,11 +12,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from hf_prune.analyse.axes import ONE, Axis, Expr, fix, leaves, size_of
-from hf_prune.analyse.rules import RULES, Dims, elementwise, out_dims
-from hf_prune.analyse.running import ModuleStack, call_model, named_tensors, output_tensors, quiet_run, skeleton
+from hf_prune.analyse.rules import RULES, Dims, elementwise, give_up, out_dims
+from hf_prune.analyse.running import (
+    ModuleStack,
+    call_model,
+    is_mixed,
+    named_tensors,
+    output_tensors,
+    quiet_run,
+    skeleton,
+    tensors_in,
+    to_meta,
+)
 from hf_prune.analyse.watch import Watch
 from hf_prune.errors import TraceError
 
@@ -96,7 +106,7 @@ class OneCall:
         names = [argument.name for argument in func._schema.arguments]
         self.arguments.update(zip(names, args, strict=False))
         self.arguments.update(kwargs)
-        self.tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        self.tensors = tensors_in((args, kwargs))
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments.get(argument)
@@ -169,8 +179,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors):
+        if is_mixed(tensors_in((args, kwargs))):
             args, kwargs = cast(Any, tree_map_only(Tensor, self._to_meta, (args, kwargs)))
         out = func(*args, **cast(dict[str, Any], kwargs))
         self._record(OneCall(self, func, args, cast(dict[str, Any], kwargs), out))
@@ -219,15 +228,10 @@ class Tracer(TorchDispatchMode):
         if call.name in RULES:
             result = RULES[call.name](call)
             return result if several else [result]
-        func_is_pointwise = call.name in POINTWISE
-        if not several and isinstance(call.out, Tensor) and func_is_pointwise:
+        if isinstance(call.out, Tensor) and call.name in POINTWISE:
             return [elementwise(call, call.tensors)]
-        reason = f"{call.name.removeprefix('aten::')} has no rule"
-        for tensor in call.tensors:
-            for dim in self.dims_of(tensor):
-                fix(dim, reason)
-        outputs = call.out if several else [call.out]
-        return [out_dims(t.shape, reason) if isinstance(t, Tensor) else None for t in outputs]
+        result = give_up(call, f"{call.name.removeprefix('aten::')} has no rule")
+        return result if several else [result]
 
 
 VIEWS = {f"aten::{name}" for name in (
@@ -270,9 +274,8 @@ def record(model: nn.Module, inputs: Any) -> Recording:
     recording = Recording(dims)
     stack = ModuleStack(model)
     tracer = Tracer(recording, named, stack)
-    for tensor in tree_flatten(inputs)[0]:
-        if isinstance(tensor, Tensor):
-            tracer.known[tensor] = out_dims(tensor.shape, "it is part of the model's input")
+    for tensor in tensors_in(inputs):
+        tracer.known[tensor] = out_dims(tensor.shape, "it is part of the model's input")
     try:
         with quiet_run(model), Watch(lambda _: None, tracer.note_reshape), tracer:
             output = call_model(model, inputs)
@@ -293,7 +296,7 @@ def trace(model: nn.Module, inputs: Any) -> tuple[Recording, nn.Module]:
     # Models may remember things from their first run, so what is traced is not what is kept.
     empty = skeleton(model)
     try:
-        recording = record(skeleton(model), tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs))
+        recording = record(skeleton(model), to_meta(inputs))
         return recording, empty
     except TraceError:
         raise

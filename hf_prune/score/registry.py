@@ -4,10 +4,9 @@ To add one: write `hf_prune/score/<name>.py` with a frozen dataclass that extend
 defaults, and add a line below. The tests in `tests/score/test_criteria_contract.py` then run on it.
 """
 
-import difflib
 from importlib import import_module
 
-from hf_prune.errors import CriterionError
+from hf_prune.errors import CriterionError, did_you_mean
 from hf_prune.score.base import Criterion
 
 # Name, which is the file's, -> class in it. Imported when asked for.
@@ -35,8 +34,7 @@ def criterion(name: str | Criterion) -> Criterion:
     if isinstance(name, type) and issubclass(name, Criterion):
         raise CriterionError(f"`criterion` must be a name or an instance, got the class; write {name.__name__}()")
     if not isinstance(name, str) or name not in CRITERIA:
-        near = difflib.get_close_matches(str(name).lower(), CRITERIA, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(name).lower(), CRITERIA)
         raise CriterionError(
             f"`criterion` must be one of {', '.join(CRITERIA)} or an instance of Criterion, got {name!r}{hint}"
         )

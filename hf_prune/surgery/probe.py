@@ -1,31 +1,32 @@
 """Find out, before any real weight is cut, which axes a model's code does not let go."""
 
 import copy
-import re
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from hf_prune.analyse.axes import Axis
 from hf_prune.analyse.graph import AxisGraph
-from hf_prune.analyse.running import skeleton
+from hf_prune.analyse.running import skeleton, to_meta
 from hf_prune.errors import SurgeryError
 from hf_prune.surgery.apply import cut_tensors
 from hf_prune.surgery.repair import Mismatch, Repairs, blamed, repair
 
 
-def freeze_what_cannot_be_repaired(graph: AxisGraph) -> None:
+def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
     """Cut a copy without weights along every free axis and freeze the axes at which the repair fails.
+
+    Returns whether there are any: then the graph is to be built again.
 
     Cost: one or two runs without numbers, and one or two more for each kind of module that resists.
     """
     free = {axis.leaf for axis in graph.axes.values()}
+    num_free = len(free)
     while free:
         kept = {axis: torch.arange(size) for axis in free if (size := probe_size(axis)) != axis.size}
         try:
             rehearse(graph, kept)
-            return
+            break
         except Mismatch as mismatch:
             guilty = blamed(mismatch, graph.recording, {axis: len(index) for axis, index in kept.items()})
             if not guilty:
@@ -36,6 +37,7 @@ def freeze_what_cannot_be_repaired(graph: AxisGraph) -> None:
             for axis in guilty | alike(graph, guilty, free):
                 axis.reason = axis.reason or f"the code of '{mismatch.module}' insists on its size ({mismatch})"
             free = {axis for axis in free if axis.reason is None}
+    return len(free) < num_free
 
 
 def rehearse(graph: AxisGraph, kept: dict[Axis, Tensor]) -> Repairs:
@@ -46,7 +48,7 @@ def rehearse(graph: AxisGraph, kept: dict[Axis, Tensor]) -> Repairs:
     """
     real = graph.recording.by_real_run
     model = copy.deepcopy(graph.skeleton) if real else skeleton(graph.skeleton)
-    inputs = graph.inputs if real else tree_map_only(Tensor, lambda tensor: tensor.to("meta"), graph.inputs)
+    inputs = graph.inputs if real else to_meta(graph.inputs)
     cut_tensors(model, graph.recording.dims, kept)
     return repair(model, graph.recording, {axis: len(index) for axis, index in kept.items()}, inputs)
 
@@ -57,7 +59,7 @@ def probe_size(axis: Axis) -> int:
 
 
 def alike(graph: AxisGraph, guilty: set[Axis], free: set[Axis]) -> set[Axis]:
-    """Return the axes that have the same kind and the same name but for its numbers: other blocks of the model."""
-    by_axis = {info.leaf: (info.kind, re.sub(r"[0-9]+", "#", info.name)) for info in graph.axes.values()}
-    patterns = {by_axis[axis] for axis in guilty if axis in by_axis}
-    return {axis for axis in free if by_axis.get(axis) in patterns}
+    """Return the axes that play the same part as guilty ones in other blocks of the model."""
+    by_axis = {info.leaf: info.part for info in graph.axes.values()}
+    parts = {by_axis[axis] for axis in guilty if axis in by_axis}
+    return {axis for axis in free if by_axis.get(axis) in parts}

@@ -7,15 +7,16 @@ expected); the attribute of that module that holds the number is set, and the re
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from hf_prune.analyse.axes import Axis, Expr, leaves, resolve, size_after, size_of
-from hf_prune.analyse.running import ModuleStack, call_model, quiet_run
+from hf_prune.analyse.running import ModuleStack, call_model, is_mixed, quiet_run, tensors_in, to_meta
 from hf_prune.analyse.trace import Recording, Step
 from hf_prune.analyse.watch import Watch
 from hf_prune.surgery.reshapes import Reshapes, install
@@ -80,9 +81,8 @@ class Replay(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            args, kwargs = cast(Any, tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs)))
+        if is_mixed(tensors_in((args, kwargs))):
+            args, kwargs = to_meta((args, kwargs))
         if name in SOFT:
             return func(*args, **cast(dict[str, Any], kwargs))
         due = self.due()
@@ -99,7 +99,7 @@ class Replay(TorchDispatchMode):
             expected = [size_after(dim, self.sizes) for dim in dims]
             if list(tensor.shape) != expected:
                 raise Mismatch(f"{step.name} gives {list(tensor.shape)}, expected {expected}")
-        numbers = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, float) and math.isfinite(leaf)]
+        numbers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float) and math.isfinite(leaf)]
         for number in numbers:
             if not any(math.isclose(number, recorded, rel_tol=1e-6) for recorded in step.scalars):
                 raise Mismatch(
@@ -109,19 +109,6 @@ class Replay(TorchDispatchMode):
 
 def first_mismatch(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> Mismatch | None:
     """Run a cut model and return where it leaves the trace, or None if it does not."""
-    try:
-        replay(model, recording, sizes, inputs)
-    except Mismatch as mismatch:
-        return mismatch
-    return None
-
-
-def replay(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> None:
-    """Run a cut model and compare it with the trace.
-
-    Raises:
-        Mismatch: At the first step that is not as predicted.
-    """
     mode, stack = Replay(recording, sizes), ModuleStack(model)
     given: dict[str, list[list[int] | None]] = defaultdict(list)
 
@@ -141,6 +128,7 @@ def replay(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) ->
     try:
         with quiet_run(model), Watch(note, lambda *_: None), mode:
             call_model(model, inputs)
+        return None
     except Exception as err:
         # Torch's own checks speak up outside of any operator too; what was due then is to blame.
         mismatch = err if isinstance(err, Mismatch) else Mismatch(f"{type(err).__name__}: {err}")
@@ -148,7 +136,7 @@ def replay(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) ->
         due = mode.due() or recording.steps[-1:]
         mismatch.steps = [step for step in due if step.module == mismatch.module] or due
         mismatch.given = given[mismatch.module]
-        raise mismatch from err
+        return mismatch
     finally:
         stack.remove()
 
@@ -183,9 +171,8 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) ->
     done = Repairs(attributes=set_known_layers(model, groups_after(recording, sizes)))
     while (mismatch := first_mismatch(model, recording, sizes, inputs)) is not None:
         if attributes := attributes_behind(modules, recording, mismatch, sizes):
+            set_attributes(modules, attributes)
             for path, values in attributes.items():
-                for name, value in values.items():
-                    setattr(modules[path], name, value)
                 done.attributes.setdefault(path, {}).update(values)
         elif reshapes := reshapes_behind(modules, recording, mismatch, sizes, done.reshapes):
             for path, calls in reshapes.items():
@@ -325,11 +312,17 @@ def set_known_layers(model: nn.Module, groups: dict[str, int]) -> Attributes:
         elif isinstance(module, nn.modules.conv._ConvNd):
             wanted = {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
         changed = {name: value for name, value in wanted.items() if getattr(module, name) != value}
-        for name, value in changed.items():
-            setattr(module, name, value)
         if changed:
             done[path] = changed
+    set_attributes(dict(model.named_modules()), done)
     return done
+
+
+def set_attributes(modules: Mapping[str, nn.Module], attributes: Attributes) -> None:
+    """Set attributes of modules given by their paths."""
+    for path, values in attributes.items():
+        for name, value in values.items():
+            setattr(modules[path], name, value)
 
 
 def blamed(mismatch: Mismatch, recording: Recording, sizes: Sizes) -> set[Axis]:

@@ -78,12 +78,3 @@ def remove(module: nn.Module) -> None:
     if "_fixed_sizes" in module.__dict__:
         for handle in module.__dict__.pop("_fixed_sizes")[1]:
             handle.remove()
-
-
-def installed(model: nn.Module) -> Reshapes:
-    """Return the corrections a model carries."""
-    return {
-        path: module.__dict__["_fixed_sizes"][0].sizes
-        for path, module in model.named_modules()
-        if "_fixed_sizes" in module.__dict__
-    }

@@ -176,7 +176,10 @@ class TokenPruning(nn.Module):
             x, tokens, run.records[block] = self._select(block, padded, tokens)
             policy = tokens.policy(self.num_prefix_tokens)
             run.packing = Packing.of(policy) if self._packs(policy) else None
-            x = x if run.packing is None else run.packing.pack(x)
+            if run.packing is None:
+                tokens = replace(tokens, bias=hide_keys(policy, training=self.training, see_self=True))
+            else:
+                x = run.packing.pack(x)
         run.tokens[block + 1] = tokens
         return x, tokens
 
@@ -204,8 +207,6 @@ class TokenPruning(nn.Module):
         patches = candidates[:, :num_slots]
         if self._removes:
             patches, kept = compact(patches, kept)
-        bias = hide_keys(kept.policy(self.num_prefix_tokens), training=self.training, see_self=True)
-        kept = replace(kept, bias=bias)
         return torch.cat([prefix, patches, packages.to(x.dtype)], dim=1), kept, record
 
     def fill_after_norm(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:

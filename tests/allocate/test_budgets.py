@@ -29,7 +29,7 @@ def vit():
 
 
 def cost_of(model, graph, plan):
-    cost = Cost.of(graph, {name for name, _ in model.named_parameters()})
+    cost = Cost.of(graph)
     sizes = {axis: len(units) for axis, units in plan.on(graph).items()}
     return cost.macs(sizes) / cost.macs({}), cost.params(sizes) / cost.params({})
 
@@ -42,7 +42,7 @@ def test_budgets_are_met_and_used_up(network, allocator, request):
     assert 0.45 < macs <= 0.5
     _, params = cost_of(model, graph, hf_prune.plan(model, graph=graph, budget=Budget(params=0.4), allocator=allocator))
     assert 0.35 < params <= 0.4
-    dense = Cost.of(graph, {name for name, _ in model.named_parameters()}).macs({})
+    dense = Cost.of(graph).macs({})
     same = hf_prune.plan(model, graph=graph, budget=Budget(macs=dense * 0.5), allocator=allocator)
     assert cost_of(model, graph, same)[0] == pytest.approx(macs)
 
@@ -53,7 +53,7 @@ def test_a_smaller_budget_never_gives_a_larger_model(resnet, first, second, allo
     model, graph = resnet
     axes = list(graph.axes.values())
     scores = Random(seed=seed).score(model, graph, axes)
-    cost = Cost.of(graph, {name for name, _ in model.named_parameters()}).macs
+    cost = Cost.of(graph).macs
     keep_at = ALLOCATORS[allocator](axes, scores)
     small, large = (
         meet_budget(axes, scores, keep_at, cost, share * cost({}), Limits()) for share in sorted((first, second))

@@ -72,7 +72,7 @@ def test_every_dimension_is_explained_and_most_parameters_can_go(analysed):
 
 def test_the_polynomial_agrees_with_the_dense_model(analysed):
     model, graph = analysed
-    cost = Cost.of(graph, {name for name, _ in model.named_parameters()})
+    cost = Cost.of(graph)
     assert cost.params({}) == sum(parameter.numel() for parameter in model.parameters())
     assert cost.macs({}) == count_macs(lambda: model(graph.inputs))
 

@@ -77,9 +77,11 @@ def elementwise(call: Call, tensors: Sequence[Tensor]) -> Dims:
     return broadcast([call.dims_of(tensor) for tensor in tensors], ndim)
 
 
-def give_up(call: Any, reason: str) -> Dims:
-    """Fix everything an operation touches."""
+def give_up(call: Any, reason: str) -> Any:
+    """Fix everything an operation touches; return the dimensions of its output, or of each of them."""
     for tensor in call.tensors:
         for dim in call.dims_of(tensor):
             fix(dim, reason)
-    return out_dims(call.out.shape, reason)
+    if isinstance(call.out, tuple | list):
+        return [out_dims(t.shape, reason) if isinstance(t, Tensor) else None for t in call.out]
+    return out_dims(call.out.shape, reason) if isinstance(call.out, Tensor) else None

@@ -35,25 +35,13 @@ def im2col(call: Call) -> Dims:
     return [dims[0], product([dims[1], fixed(window, SPACE)]), fixed(call.out.shape[2], SPACE)]
 
 
-@rule("col2im")
-def col2im(call: Call) -> Dims:
-    """Put columns back as windows."""
+@rule("col2im", "pixel_shuffle")
+def spread(call: Call) -> Dims:
+    """Turn the last factors of the channels into positions."""
     dims = call.dims("self")
     taken, rest = take(factors(dims[1]), call.out.shape[1])
     if taken is None:
-        return give_up(call, "windows of it are put back across its structure")
-    for factor in rest:
-        fix(factor, SPACE)
-    return [dims[0], taken, *out_dims(call.out.shape[2:], SPACE)]
-
-
-@rule("pixel_shuffle")
-def pixel_shuffle(call: Call) -> Dims:
-    """Turn channels into positions."""
-    dims = call.dims("self")
-    taken, rest = take(factors(dims[1]), call.out.shape[1])
-    if taken is None:
-        return give_up(call, "channels of it become positions across its structure")
+        return give_up(call, "a part of it becomes positions across its structure")
     for factor in rest:
         fix(factor, SPACE)
     return [dims[0], taken, *out_dims(call.out.shape[2:], SPACE)]
