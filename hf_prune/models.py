@@ -48,6 +48,8 @@ def embedded_vit(label_names: Sequence[str]) -> DenseModel:
         patch_size=4,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        # The usual 0.02 suits widths like 768; this is about 1 / sqrt(96).
+        initializer_range=0.08,
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},

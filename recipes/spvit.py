@@ -44,9 +44,9 @@ from hf_prune.tokens.site import find_site
 EMBEDDED_SETTINGS = {
     "target_latency": 0.85,
     "num_stages": 2,
-    "dense_epochs": 22.0,
+    "dense_epochs": 24.0,
     "dense_learning_rate": 2e-3,
-    "num_train_epochs": 8.0,
+    "num_train_epochs": 10.0,
     "learning_rate": 1.5e-3,
     "backbone_lr_share": 0.3,
     "per_device_train_batch_size": 32,

@@ -130,8 +130,8 @@ class Augmentation:
 
     @classmethod
     def gentle(cls) -> "Augmentation":
-        """Crop a little, erase a rectangle, never flip: for digits, signs and others whose sides matter."""
-        return cls(auto_augment=None, hflip_prob=0.0, crop_scale_min=0.8)
+        """Crop a little and nothing else: for small images, and for digits and signs, whose sides matter."""
+        return cls(auto_augment=None, random_erasing_prob=0.0, hflip_prob=0.0, crop_scale_min=0.8)
 
 
 # What a command line may name.

@@ -42,7 +42,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class LatencyStats(_Record):
-    """Milliseconds per batch: the median of many timed runs and the spread around it."""
+    """Milliseconds per batch: the median over timed batches and the spread around it."""
 
     median_ms: float
     p10_ms: float
@@ -278,7 +278,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """
     if console is None:
         console = Console(highlight=False)
-    caption = f"latency: median (p10-p90) on {report.measured_on}"
+    caption = f"latency: median (p10-p90) over batches of images on {report.measured_on}"
     console.print(_table("before and after", comparison(report), caption))
     if report.stages:
         console.print(_table("patch tokens still alive", stage_table(report), "blocks are counted from 0"))

@@ -42,7 +42,7 @@ class RecipeSettings:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     augmentation: str = field(
-        default="deit", metadata={"help": "deit, gentle (no flips) or none.", "choices": [*AUGMENTATIONS]}
+        default="deit", metadata={"help": "deit, gentle (small crops only) or none.", "choices": [*AUGMENTATIONS]}
     )
     num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
 

@@ -24,7 +24,7 @@ from hf_prune.data.examples import own_randomness
 from hf_prune.data.transforms import Augmentation, Preprocessing, eval_transform, train_transform
 from hf_prune.errors import DataError
 
-CROPPING = Augmentation(auto_augment=None, random_erasing_prob=0.0, hflip_prob=0.0, crop_scale_min=0.8)
+CROPPING = Augmentation.gentle()
 SMALL = {"height": 16, "width": 16}
 DINOV2 = {
     "size": {"shortest_edge": 36},
