@@ -1,7 +1,7 @@
 """Analyse, score, allocate, cut, verify: the whole road on one screen."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -71,7 +71,9 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> AxisGraph:
     inputs = inputs_for(model) if example_inputs is None else example_inputs
     recording, empty = trace(model, inputs)
     graph = build_graph(model, recording, empty, inputs)
-    return build_graph(model, recording, empty, inputs) if freeze_what_cannot_be_repaired(graph) else graph
+    if freeze_what_cannot_be_repaired(graph):
+        graph = replace(build_graph(model, recording, empty, inputs), held=graph.held)
+    return graph
 
 
 def plan(
@@ -136,7 +138,7 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
     if not kept:
         raise PlanError("the plan removes nothing: every axis keeps all its units")
     try:
-        repairs = rehearse(graph, kept)
+        repairs = rehearse(graph, kept, graph.held.copy())
     except Mismatch as err:
         raise SurgeryError(f"the cut model must run as the dense one does, but in '{err.module}' {err}") from err
     not_exact = reasons_not_exact(graph, kept)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_prune.analyse.axes import Axis, Expr, Product, leaves, resolve, unit_of
+from hf_prune.analyse.axes import Axis, Expr, Product, leaves, resolve, size_after, unit_of
 from hf_prune.analyse.running import named_tensors
 from hf_prune.analyse.trace import Recording
 
@@ -81,6 +81,38 @@ class AxisInfo:
         return self.writers + self.readers + self.carriers
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """A size that the cut in which it was met explains by any of several dimensions, mostly by one alone."""
+
+    dims: tuple[Expr, ...]
+
+    def after(self, sizes: dict[Axis, int]) -> int | None:
+        """Return the size when axes have the given sizes; None where the dimensions disagree."""
+        found = {size_after(dim, sizes) for dim in self.dims}
+        return found.pop() if len(found) == 1 else None
+
+
+@dataclass
+class Held:
+    """Sizes that the model's code holds on to; found by cutting copies without weights.
+
+    Attributes:
+        attributes: Module path -> attribute -> what it holds: a `OneOf`, or a tuple or list of numbers and `OneOf`.
+        reshapes: Module path -> number of the call in its forward -> position of the size -> its expression.
+    """
+
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reshapes: dict[str, dict[int, dict[int, Expr]]] = field(default_factory=dict)
+
+    def copy(self) -> "Held":
+        """Return a copy that shares the expressions."""
+        return Held(
+            {path: dict(values) for path, values in self.attributes.items()},
+            {path: {call: dict(row) for call, row in calls.items()} for path, calls in self.reshapes.items()},
+        )
+
+
 @dataclass
 class AxisGraph:
     """What a model can lose.
@@ -92,6 +124,8 @@ class AxisGraph:
         skeleton: The model without weights (a copy with weights where `recording.by_real_run`).
         inputs: What it was traced with.
         shapes: Of every parameter and buffer.
+        names: Of axes, frozen ones too.
+        held: What else must change with the axes.
     """
 
     axes: dict[str, AxisInfo]
@@ -101,6 +135,7 @@ class AxisGraph:
     inputs: Any
     shapes: dict[str, tuple[int, ...]]
     names: dict[Axis, str] = field(default_factory=dict)
+    held: Held = field(default_factory=Held)
 
     def explain(self, parameter: str) -> list[str]:
         """Return for every dimension of a parameter or buffer which axes it is made of.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.analyse.axes import Axis
-from hf_prune.analyse.graph import AxisGraph
+from hf_prune.analyse.graph import AxisGraph, Held
 from hf_prune.analyse.running import skeleton, to_meta
 from hf_prune.errors import SurgeryError
 from hf_prune.surgery.apply import cut_tensors
@@ -15,6 +15,8 @@ from hf_prune.surgery.repair import Mismatch, Repairs, blamed, repair
 
 def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
     """Cut a copy without weights along every free axis and freeze the axes at which the repair fails.
+
+    What the code holds on to is noted in `graph.held`, so that later cuts need not search for it.
 
     Returns whether there are any: then the graph is to be built again.
 
@@ -25,7 +27,7 @@ def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
     while free:
         kept = {axis: torch.arange(size) for axis in free if (size := probe_size(axis)) != axis.size}
         try:
-            rehearse(graph, kept)
+            rehearse(graph, kept, graph.held)
             break
         except Mismatch as mismatch:
             guilty = blamed(mismatch, graph.recording, {axis: len(index) for axis, index in kept.items()})
@@ -40,8 +42,8 @@ def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
     return len(free) < num_free
 
 
-def rehearse(graph: AxisGraph, kept: dict[Axis, Tensor]) -> Repairs:
-    """Cut a copy without weights and repair it; return what had to be mended.
+def rehearse(graph: AxisGraph, kept: dict[Axis, Tensor], held: Held) -> Repairs:
+    """Cut a copy without weights and repair it; return what had to be mended. What is found is added to `held`.
 
     Raises:
         Mismatch: If the repair fails.
@@ -50,7 +52,7 @@ def rehearse(graph: AxisGraph, kept: dict[Axis, Tensor]) -> Repairs:
     model = copy.deepcopy(graph.skeleton) if real else skeleton(graph.skeleton)
     inputs = graph.inputs if real else to_meta(graph.inputs)
     cut_tensors(model, graph.recording.dims, kept)
-    return repair(model, graph.recording, {axis: len(index) for axis, index in kept.items()}, inputs)
+    return repair(model, graph.recording, {axis: len(index) for axis, index in kept.items()}, inputs, held)
 
 
 def probe_size(axis: Axis) -> int:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_prune.analyse.axes import Axis, Expr, leaves, resolve, size_after, size_of
+from hf_prune.analyse.graph import Held, OneOf
 from hf_prune.analyse.running import ModuleStack, call_model, is_mixed, quiet_run, tensors_in, to_meta
 from hf_prune.analyse.trace import Recording, Step
 from hf_prune.analyse.watch import Watch
@@ -152,7 +153,7 @@ def _running_module(model: nn.Module, err: BaseException) -> str:
     return found
 
 
-def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> Repairs:
+def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, held: Held) -> Repairs:
     """Mend a cut model until the replay agrees with the trace to the end.
 
     Args:
@@ -160,6 +161,7 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) ->
         recording: Trace of the dense model.
         sizes: Units left on each axis that was cut.
         inputs: What the trace ran on, on the model's device.
+        held: What is known of the code already; what is found is added.
 
     Returns:
         What was mended.
@@ -169,24 +171,54 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) ->
     """
     modules = dict(model.named_modules())
     done = Repairs(attributes=set_known_layers(model, groups_after(recording, sizes)))
+    apply_held(model, recording, held, sizes, done)
     while (mismatch := first_mismatch(model, recording, sizes, inputs)) is not None:
-        if attributes := attributes_behind(modules, recording, mismatch, sizes):
-            set_attributes(modules, attributes)
+        if attributes := attributes_behind(modules, recording, mismatch, sizes, held):
             for path, values in attributes.items():
-                done.attributes.setdefault(path, {}).update(values)
-        elif reshapes := reshapes_behind(modules, recording, mismatch, sizes, done.reshapes):
+                held.attributes.setdefault(path, {}).update(values)
+        elif reshapes := reshapes_behind(modules, recording, mismatch, sizes, held):
             for path, calls in reshapes.items():
                 for call, row in calls.items():
-                    done.reshapes.setdefault(path, {}).setdefault(call, {}).update(row)
-            install(model, done.reshapes)
+                    held.reshapes.setdefault(path, {}).setdefault(call, {}).update(row)
         else:
             raise mismatch
+        apply_held(model, recording, held, sizes, done)
     return done
 
 
+def apply_held(model: nn.Module, recording: Recording, held: Held, sizes: Sizes, done: Repairs) -> None:
+    """Set every size that the code holds on to and that changes, and add it to what was done."""
+    modules = dict(model.named_modules())
+    for path, values in held.attributes.items():
+        numbers = {name: held_value(value, sizes) for name, value in values.items()}
+        changed = {
+            name: number for name, number in numbers.items() if number not in (None, getattr(modules[path], name))
+        }
+        if changed:
+            set_attributes(modules, {path: changed})
+            done.attributes.setdefault(path, {}).update(changed)
+    for path, calls in held.reshapes.items():
+        # A size that stays may be computed from one that does not.
+        if any(size_after(dim, sizes) != size_of(dim) for dims in recording.reshapes[path] for dim in dims):
+            done.reshapes[path] = {
+                call: {position: size_after(dim, sizes) for position, dim in row.items()} for call, row in calls.items()
+            }
+    install(model, done.reshapes)
+
+
+def held_value(value: Any, sizes: Sizes) -> Any:
+    """Return what an attribute must hold, or None if what is known of it does not tell."""
+    if isinstance(value, OneOf):
+        return value.after(sizes)
+    if isinstance(value, int):
+        return value
+    parts = [held_value(part, sizes) for part in value]
+    return None if None in parts else type(value)(parts)
+
+
 def reshapes_behind(
-    modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes, done: Reshapes
-) -> Reshapes:
+    modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes, held: Held
+) -> dict[str, dict[int, dict[int, Expr]]]:
     """Find the first reshape of the failing module that was asked for a wrong size, and the same call elsewhere.
 
     Empty if there is none, or it was corrected already.
@@ -197,62 +229,64 @@ def reshapes_behind(
         if asked is None or len(asked) != len(expected):
             continue
         wrong = [p for p, size in enumerate(asked) if size not in (-1, expected[p])]
-        if not wrong or set(wrong) <= set(done.get(path, {}).get(call, {})):
+        if not wrong or set(wrong) <= set(held.reshapes.get(path, {}).get(call, {})):
             continue
-        found: Reshapes = {}
+        found: dict[str, dict[int, dict[int, Expr]]] = {}
         for other, module in modules.items():
             calls = recording.reshapes.get(other, [])
-            if type(module) is type(modules[path]) and len(calls) == len(recording.reshapes[path]):
-                after = [size_after(dim, sizes) for dim in calls[call]]
-                if len(after) == len(expected):
-                    found[other] = {call: {p: after[p] for p in wrong}}
+            same_code = type(module) is type(modules[path]) and len(calls) == len(recording.reshapes[path])
+            if same_code and len(calls[call]) == len(expected):
+                found[other] = {call: {p: calls[call][p] for p in wrong}}
         return found
     return {}
 
 
 def attributes_behind(
-    modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes
-) -> Attributes:
+    modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes, held: Held
+) -> dict[str, dict[str, Any]]:
     """Find the attributes that hold a number which should have changed, in the failing module and those of its kind.
 
-    Once set, an attribute no longer holds the old number: the search ends at the latest when all have been set.
+    Attributes that are explained already are left out: the search ends at the latest when all are.
     """
+    explained = {
+        path: {name for name, value in values.items() if held_value(value, sizes) is not None}
+        for path, values in held.attributes.items()
+    }
     wrong, path = changed_numbers(mismatch.steps, sizes), mismatch.module
-    while not (values := _matching(modules[path], wrong)):
+    while not (values := _matching(modules[path], wrong, explained.get(path, set()))):
         if not path:
             return {}
         path = path.rpartition(".")[0]
-    found: Attributes = {path: values}
-    by_module = _steps_by_module(recording)
+    found: dict[str, dict[str, Any]] = {path: values}
     for other, module in modules.items():
         if other != path and type(module) is type(modules[path]):
-            steps = [step for inner, part in by_module.items() for step in part
-                     if inner == other or inner.startswith(other + ".")]  # fmt: skip
-            there = _matching(module, changed_numbers(steps, sizes))
+            steps = same_steps(recording, mismatch, mismatch.module.removeprefix(path), other)
+            there = _matching(module, changed_numbers(steps, sizes), explained.get(other, set()))
             same = {name: value for name, value in there.items() if name in values}
             if same:
                 found[other] = same
     return found
 
 
-def _steps_by_module(recording: Recording) -> dict[str, list[Step]]:
-    by_module: dict[str, list[Step]] = defaultdict(list)
-    for step in recording.steps:
-        by_module[step.module].append(step)
-    return by_module
+def same_steps(recording: Recording, mismatch: Mismatch, inner: str, other: str) -> list[Step]:
+    """Return what another module of a kind does where this one failed, or all it does if its code took another way."""
+    ours = [step for step in recording.steps if step.module == mismatch.module]
+    theirs = [step for step in recording.steps if step.module == other + inner]
+    if [step.name for step in ours] == [step.name for step in theirs]:
+        places = [place for place, step in enumerate(ours) if any(step is failed for failed in mismatch.steps)]
+        if places:
+            return [theirs[place] for place in places]
+    return [step for step in recording.steps if step.module == other or step.module.startswith(other + ".")]
 
 
-def changed_numbers(steps: list[Step], sizes: Sizes) -> dict[int, int]:
-    """Return before -> after for sizes that change at steps; a number that changes in two ways is left out."""
-    found: dict[int, set[int]] = defaultdict(set)
-    for step in steps:
-        for dims in [*step.outputs, *step.inputs]:
-            for dim in dims:
-                for part in parts_of(dim):
-                    before, after = size_of(part), size_after(part, sizes)
-                    if before != after:
-                        found[before].add(after)
-    return {before: after.pop() for before, after in found.items() if len(after) == 1}
+def changed_numbers(steps: list[Step], sizes: Sizes) -> dict[int, OneOf]:
+    """Return size before -> dimension for those that change at steps; a number that changes in two ways is left out."""
+    found: dict[int, dict[int, list[Expr]]] = defaultdict(lambda: defaultdict(list))
+    for part in (p for step in steps for dims in [*step.outputs, *step.inputs] for dim in dims for p in parts_of(dim)):
+        before, after = size_of(part), size_after(part, sizes)
+        if before != after and part not in found[before][after]:
+            found[before][after].append(part)
+    return {before: OneOf(tuple(*by_after.values())) for before, by_after in found.items() if len(by_after) == 1}
 
 
 def parts_of(expr: Expr) -> list[Expr]:
@@ -266,18 +300,16 @@ def parts_of(expr: Expr) -> list[Expr]:
 NOT_A_WIDTH = re.compile(r"image|img|patch|kernel|stride|window|grid|padding|dilation|resolution")
 
 
-def _matching(module: nn.Module, numbers: dict[int, int]) -> dict[str, Any]:
-    """Return the attributes that hold one of the numbers, with their new values."""
+def _matching(module: nn.Module, numbers: dict[int, OneOf], explained: set[str]) -> dict[str, Any]:
+    """Return the attributes that hold one of the numbers, with what they mean."""
     values: dict[str, Any] = {}
     for name, value in vars(module).items():
-        if name.startswith("_") or name == "training" or NOT_A_WIDTH.search(name):
+        if name.startswith("_") or name == "training" or name in explained or NOT_A_WIDTH.search(name):
             continue
         if type(value) is int and value in numbers:
             values[name] = numbers[value]
-        elif isinstance(value, tuple | list) and value and all(type(part) is int for part in value):
-            changed = [numbers.get(part, part) for part in value]
-            if changed != list(value):
-                values[name] = type(value)(changed)
+        elif isinstance(value, tuple | list) and all(type(part) is int for part in value) and numbers.keys() & {*value}:
+            values[name] = type(value)([numbers.get(part, part) for part in value])
     return values
 
 
