@@ -68,8 +68,8 @@ class Checkpoints:
         main = self.accelerator.is_main_process
         try:
             if main:
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.rmtree(final, ignore_errors=True)
+                for leftover in self.folder.glob(f"*{PARTIAL}"):
+                    shutil.rmtree(leftover)
                 partial.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(partial))
@@ -77,9 +77,11 @@ class Checkpoints:
             if main:
                 record = {"run": self.run, "progress": vars(progress)}
                 (partial / PROGRESS_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+                if final.exists():
+                    _discard(final)
                 partial.rename(final)
                 for old in self._found(progress.phase)[: -self.keep]:
-                    shutil.rmtree(old)
+                    _discard(old)
         except (OSError, RuntimeError) as err:
             raise CheckpointError(
                 f"no checkpoint could be written to '{final}': {err}; earlier checkpoints are untouched. "
@@ -150,3 +152,10 @@ class Checkpoints:
         """Return the complete checkpoints of a phase, oldest first."""
         paths = self.folder.glob(f"{phase}-step_*")
         return sorted((path for path in paths if path.suffix != PARTIAL), key=lambda path: path.name[-7:])
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so a run killed in the middle leaves nothing that looks whole."""
+    leftover = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
+    checkpoint.rename(leftover)
+    shutil.rmtree(leftover)
