@@ -303,7 +303,7 @@ def kept_indices(expr: Expr, kept: "dict[Axis, Tensor]") -> Tensor:
     if isinstance(expr, Axis):
         return kept.get(expr, torch.arange(expr.size))
     if isinstance(expr, Sum):
-        start, chosen = 0, []
+        start, chosen = 0, [torch.arange(0)]
         for part in expr.parts:
             chosen.append(kept_indices(part, kept) + start)
             start += size_of(part)

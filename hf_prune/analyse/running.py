@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
@@ -68,6 +69,16 @@ def is_mixed(tensors: list[Tensor]) -> bool:
     return any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors)
 
 
+class AllOnMeta(TorchDispatchMode):
+    """Runs operations that mix meta and real tensors on meta."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if is_mixed(tensors_in((args, kwargs))):
+            args, kwargs = to_meta((args, kwargs))
+        return func(*args, **cast(dict[str, Any], kwargs))
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer once, by the first of its names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -75,8 +86,11 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def quiet_run(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no fused encoder layers that would hide what happens inside."""
-    modes = {module: module.training for module in model.modules()}
+    """Evaluation mode, no gradients, no fused encoder layers that would hide what happens inside.
+
+    Afterwards modules have the attributes and buffers they had: a mode, a table made for the size of these inputs.
+    """
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
@@ -86,8 +100,10 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
+        for module, attributes, buffers in before:
+            for store, values in ((vars(module), attributes), (module._buffers, buffers)):
+                store.clear()
+                store.update(values)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from hf_prune.analyse.axes import ONE, Axis, Expr, fix, leaves, size_of
-from hf_prune.analyse.rules import RULES, Dims, elementwise, give_up, out_dims
+from hf_prune.analyse.axes import Expr, fix, leaves, size_of
+from hf_prune.analyse.rules import RULES, Dims, elementwise, give_up, new_dims, out_dims
 from hf_prune.analyse.running import (
+    AllOnMeta,
     ModuleStack,
     call_model,
     is_mixed,
@@ -266,7 +267,7 @@ def record(model: nn.Module, inputs: Any) -> Recording:
         TraceError: If the model cannot run on these inputs.
     """
     named = named_tensors(model)
-    dims: dict[str, Dims] = {name: [Axis(n) if n > 1 else ONE for n in tensor.shape] for name, tensor in named.items()}
+    dims: dict[str, Dims] = {name: new_dims(tensor.shape) for name, tensor in named.items()}
     for name, tensor in named.items():
         if not tensor.is_floating_point() and not tensor.is_complex():
             for dim in dims[name]:
@@ -296,6 +297,9 @@ def trace(model: nn.Module, inputs: Any) -> tuple[Recording, nn.Module]:
     # Models may remember things from their first run, so what is traced is not what is kept.
     empty = skeleton(model)
     try:
+        # And what functions of theirs remember for good must not show in the trace alone.
+        with quiet_run(first := skeleton(model)), AllOnMeta():
+            call_model(first, to_meta(inputs))
         recording = record(skeleton(model), to_meta(inputs))
         return recording, empty
     except TraceError:

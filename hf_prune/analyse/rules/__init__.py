@@ -6,6 +6,8 @@ fixes every axis that it touches.
 """
 
 from hf_prune.analyse.rules import images, norms, parts, products, shapes
-from hf_prune.analyse.rules.base import RULES, Dims, elementwise, give_up, out_dims
+from hf_prune.analyse.rules.base import RULES, Dims, elementwise, give_up, new_dims, out_dims
 
-__all__ = ["RULES", "Dims", "elementwise", "give_up", "images", "norms", "out_dims", "parts", "products", "shapes"]
+__all__ = [
+    "RULES", "Dims", "elementwise", "give_up", "images", "new_dims", "norms", "out_dims", "parts", "products", "shapes",
+]  # fmt: skip

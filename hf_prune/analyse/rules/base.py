@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hf_prune.analyse.axes import ONE, Expr, Sum, fix, fixed, size_of, unify
+from hf_prune.analyse.axes import ONE, Axis, Expr, Sum, fix, fixed, size_of, unify
 
 Dims = list[Expr]
 SPACE = "it is a position in the image, not a channel"
@@ -55,6 +55,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def out_dims(size: Sequence[int], reason: str) -> Dims:
     """Return dimensions of which nothing is known but that they must not be pruned."""
     return [fixed(n, reason) if n else Sum(()) for n in size]
+
+
+def new_dims(size: Sequence[int]) -> Dims:
+    """Return dimensions of which nothing is known yet."""
+    return [Axis(n) if n > 1 else ONE if n else Sum(()) for n in size]
 
 
 def broadcast(operands: Sequence[Dims], ndim: int) -> Dims:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hf_prune.analyse.axes import ONE, Axis, Expr, Sum, concat, cut, fix, fixed, size_of, split_factor, unify
-from hf_prune.analyse.rules.base import Call, Dims, broadcast, out_dims, rule
+from hf_prune.analyse.axes import ONE, Axis, Expr, concat, cut, fix, fixed, size_of, split_factor, unify
+from hf_prune.analyse.rules.base import Call, Dims, broadcast, new_dims, out_dims, rule
 
 
 @rule("cat")
@@ -172,4 +172,4 @@ def copy_(call: Call) -> Dims:
       "new_empty_strided", "randn", "rand")  # fmt: skip
 def create(call: Call) -> Dims:
     """Make a tensor that is the same everywhere: its sizes are up to whatever they meet."""
-    return [Axis(n) if n > 1 else ONE if n else Sum(()) for n in call.out.shape]
+    return new_dims(call.out.shape)
