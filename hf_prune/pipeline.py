@@ -18,7 +18,8 @@ from hf_prune.score.base import Criterion, relative
 from hf_prune.score.registry import criterion as criterion_named
 from hf_prune.surgery.apply import cut_tensors, put_back
 from hf_prune.surgery.probe import freeze_what_cannot_be_repaired, rehearse
-from hf_prune.surgery.repair import Mismatch, Repairs, set_attributes
+from hf_prune.surgery.repair import Repairs, set_attributes
+from hf_prune.surgery.replay import Mismatch
 from hf_prune.surgery.reshapes import install, remove
 from hf_prune.surgery.verify import (
     outputs_of,

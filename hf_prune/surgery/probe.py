@@ -10,7 +10,8 @@ from hf_prune.analyse.graph import AxisGraph, Held
 from hf_prune.analyse.running import skeleton, to_meta
 from hf_prune.errors import SurgeryError
 from hf_prune.surgery.apply import cut_tensors
-from hf_prune.surgery.repair import Mismatch, Repairs, blamed, repair
+from hf_prune.surgery.repair import Repairs, repair
+from hf_prune.surgery.replay import Mismatch, blamed
 
 
 def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
