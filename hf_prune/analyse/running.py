@@ -90,10 +90,12 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
 
     Afterwards modules have the attributes and buffers they had: a mode, a table made for the size of these inputs.
     """
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
+    # Only now: a change of mode makes some models forget tables that they made before.
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modes]
     try:
         # Which attention kernel torch takes depends on sizes; this one is made of operations that have rules.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -104,6 +106,7 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
             for store, values in ((vars(module), attributes), (module._buffers, buffers)):
                 store.clear()
                 store.update(values)
+            module.training = modes[module]
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

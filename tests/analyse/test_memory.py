@@ -51,3 +51,27 @@ def test_what_is_computed_once_does_not_stand_in_the_way(how):
     assert model.table is None
     assert "table" not in model._buffers
     assert model(torch.ones(2, 3, 8, 8)).isfinite().all()
+
+
+class Forgetting(nn.Module):
+    """Keeps a table of its weights until its mode is set, as attention biases are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 12), nn.Linear(12, 5)
+        self.scale, self.tables = nn.Parameter(torch.rand(12)), {}
+
+    def train(self, mode=True):
+        self.tables = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.head(self.body(x) * self.tables.setdefault("scale", self.scale.exp()))
+
+
+def test_a_table_made_before_pruning_is_forgotten():
+    model = Forgetting().eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 3))
+    prune(model, torch.zeros(1, 3), keep_ratio=0.5)
+    assert model(torch.ones(2, 3)).shape == (2, 5)
