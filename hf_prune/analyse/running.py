@@ -1,15 +1,17 @@
 """Run models for their shapes: without weights, without side effects, with an eye on where they are."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+EMPTY = {dict, OrderedDict, set, list}
 
 
 class ModuleStack:
@@ -51,6 +53,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = (
             nn.Parameter(stand_in, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
         )
+    # Most of a module are tables of hooks with nothing in them, which are slow to copy one by one.
+    for module in model.modules():
+        memo.update((id(value), type(value)()) for value in vars(module).values() if type(value) in EMPTY and not value)
     return copy.deepcopy(model, memo)
 
 
@@ -67,16 +72,6 @@ def to_meta(tree: Any) -> Any:
 def is_mixed(tensors: list[Tensor]) -> bool:
     """Return whether some tensors are on the meta device and others are not: constants that a model keeps elsewhere."""
     return any(tensor.is_meta for tensor in tensors) and not all(tensor.is_meta for tensor in tensors)
-
-
-class AllOnMeta(TorchDispatchMode):
-    """Runs operations that mix meta and real tensors on meta."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if is_mixed(tensors_in((args, kwargs))):
-            args, kwargs = to_meta((args, kwargs))
-        return func(*args, **cast(dict[str, Any], kwargs))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from hf_prune.analyse.axes import Expr, fix, leaves, size_of
+from hf_prune.analyse.kernels import compute, operands
 from hf_prune.analyse.rules import RULES, Dims, elementwise, give_up, new_dims, out_dims
 from hf_prune.analyse.running import (
-    AllOnMeta,
     ModuleStack,
     call_model,
     is_mixed,
@@ -68,6 +68,7 @@ class Recording:
         reshapes: Module path -> the sizes given to `view`, `reshape`, `expand` and `split` in its forward, in
             order.
         by_real_run: Whether the meta device did not do.
+        again: Whether the model was known to have run before, so that what functions remember was remembered.
     """
 
     dims: dict[str, Dims]
@@ -79,6 +80,7 @@ class Recording:
     order: dict[str, None] = field(default_factory=dict)
     reshapes: dict[str, list[Dims]] = field(default_factory=dict)
     by_real_run: bool = False
+    again: bool = False
 
 
 class ByTensor(dict):
@@ -107,7 +109,7 @@ class OneCall:
         names = [argument.name for argument in func._schema.arguments]
         self.arguments.update(zip(names, args, strict=False))
         self.arguments.update(kwargs)
-        self.tensors = tensors_in((args, kwargs))
+        self.tensors = operands(args, kwargs, Tensor)
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments.get(argument)
@@ -180,9 +182,9 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if is_mixed(tensors_in((args, kwargs))):
+        if is_mixed(operands(args, kwargs, Tensor)):
             args, kwargs = cast(Any, tree_map_only(Tensor, self._to_meta, (args, kwargs)))
-        out = func(*args, **cast(dict[str, Any], kwargs))
+        out = compute(func, args, cast(dict[str, Any], kwargs))
         self._record(OneCall(self, func, args, cast(dict[str, Any], kwargs), out))
         return out
 
@@ -288,8 +290,13 @@ def record(model: nn.Module, inputs: Any) -> Recording:
     return recording
 
 
-def trace(model: nn.Module, inputs: Any) -> tuple[Recording, nn.Module]:
+def trace(model: nn.Module, inputs: Any, *, again: bool = False) -> tuple[Recording, nn.Module]:
     """Trace a model and return what was found and the skeleton that it was found on.
+
+    Args:
+        model: Not changed.
+        inputs: What it is called with.
+        again: Noted in the recording.
 
     Raises:
         TraceError: If the model cannot run on these inputs.
@@ -297,10 +304,8 @@ def trace(model: nn.Module, inputs: Any) -> tuple[Recording, nn.Module]:
     # Models may remember things from their first run, so what is traced is not what is kept.
     empty = skeleton(model)
     try:
-        # And what functions of theirs remember for good must not show in the trace alone.
-        with quiet_run(first := skeleton(model)), AllOnMeta():
-            call_model(first, to_meta(inputs))
         recording = record(skeleton(model), to_meta(inputs))
+        recording.again = again
         return recording, empty
     except TraceError:
         raise
@@ -317,5 +322,5 @@ def trace(model: nn.Module, inputs: Any) -> tuple[Recording, nn.Module]:
                 f"{type(err).__name__}: {err}; give inputs as the model takes them (a tensor, a tuple, or a dict of "
                 f"keyword arguments). Without numbers it failed with: {type(on_meta).__name__}: {on_meta}"
             ) from err
-        recording.by_real_run = True
+        recording.by_real_run, recording.again = True, again
         return recording, real

@@ -89,11 +89,14 @@ def layer_rows(model: nn.Module, slices: Sequence[Slice], size: int) -> Iterator
     A bias goes with its weight because by itself, one small number a unit, it would have as much say as a whole layer.
     Buffers are left out. One layer is in memory at a time.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, nn.Parameter] = {}
     layers: dict[str, list[Slice]] = {}
     for slice_ in slices:
-        if slice_.name in parameters:
-            layers.setdefault(slice_.name.rpartition(".")[0], []).append(slice_)
+        path, _, name = slice_.name.rpartition(".")
+        parameter = model.get_submodule(path)._parameters.get(name)
+        if parameter is not None:
+            parameters[slice_.name] = parameter
+            layers.setdefault(path, []).append(slice_)
     for members in layers.values():
         rows = [unit_rows(parameters[member.name], member, size) for member in members]
         yield rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)

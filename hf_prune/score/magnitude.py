@@ -50,7 +50,9 @@ class Magnitude(Criterion):
 
     def _score(self, model: nn.Module, axis: AxisInfo) -> Tensor:
         roles = [axis.writers] if self.writers_only and axis.writers else [axis.writers, axis.readers, axis.carriers]
-        norms = [
-            relative(rows.norm(self.p, dim=1)).cpu() for role in roles for rows in layer_rows(model, role, axis.size)
-        ]
+        norms = [relative(self._norms(rows)).cpu() for role in roles for rows in layer_rows(model, role, axis.size)]
         return torch.stack(norms).mean(0) if norms else torch.zeros(axis.size)
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        # Torch's own norm is ten times slower on the columns of a matrix, which is what readers are.
+        return rows.abs().sum(1) if self.p == 1 else rows.square().sum(1).sqrt()

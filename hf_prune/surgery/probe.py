@@ -11,7 +11,7 @@ from hf_prune.analyse.running import skeleton, to_meta
 from hf_prune.errors import SurgeryError
 from hf_prune.surgery.apply import cut_tensors
 from hf_prune.surgery.repair import Repairs, repair
-from hf_prune.surgery.replay import Mismatch, blamed
+from hf_prune.surgery.replay import Mismatch, blamed, may_remember
 
 
 def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
@@ -22,6 +22,10 @@ def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
     Returns whether there are any: then the graph is to be built again.
 
     Cost: one or two runs without numbers, and one or two more for each kind of module that resists.
+
+    Raises:
+        Mismatch: If the model should be traced again first, for it may remember something from its first run.
+        SurgeryError: If the repair fails and no axis is to blame.
     """
     free = {axis.leaf for axis in graph.axes.values()}
     num_free = len(free)
@@ -31,6 +35,8 @@ def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
             rehearse(graph, kept, graph.held)
             break
         except Mismatch as mismatch:
+            if may_remember(mismatch, graph.recording):
+                raise
             guilty = blamed(mismatch, graph.recording, {axis: len(index) for axis, index in kept.items()})
             if not guilty:
                 raise SurgeryError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_prune.analyse.axes import Expr, resolve, size_after, size_of
 from hf_prune.analyse.graph import Held, OneOf
 from hf_prune.analyse.trace import Recording, Step
-from hf_prune.surgery.replay import Mismatch, Sizes, first_mismatch
+from hf_prune.surgery.replay import Mismatch, Sizes, first_mismatch, may_remember
 from hf_prune.surgery.reshapes import Reshapes, install
 
 Attributes = dict[str, dict[str, Any]]
@@ -54,6 +54,8 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, he
     done = Repairs(attributes=set_known_layers(model, groups_after(recording, sizes)))
     apply_held(model, recording, held, sizes, done)
     while (mismatch := first_mismatch(model, recording, sizes, inputs)) is not None:
+        if may_remember(mismatch, recording):
+            raise mismatch
         if attributes := attributes_behind(modules, recording, mismatch, sizes, held):
             for path, values in attributes.items():
                 held.attributes.setdefault(path, {}).update(values)

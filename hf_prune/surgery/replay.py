@@ -6,10 +6,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_prune.analyse.axes import Axis, leaves, size_after
-from hf_prune.analyse.running import ModuleStack, call_model, is_mixed, quiet_run, tensors_in, to_meta
+from hf_prune.analyse.kernels import compute, operands
+from hf_prune.analyse.running import ModuleStack, call_model, is_mixed, quiet_run, to_meta
 from hf_prune.analyse.trace import Recording, Step
 from hf_prune.analyse.watch import Watch
 
@@ -31,12 +31,15 @@ class Mismatch(Exception):  # noqa: N818 (a signal, not an error of the user's)
         module: Path of the innermost module that was running.
         given: Sizes that the module's reshapes were given so far.
         scale: (number used, numbers recorded) if a factor changed rather than a shape.
+        elsewhere: Whether another operation ran than was due.
     """
 
-    def __init__(self, what: str, scale: tuple[float, tuple[float, ...]] | None = None) -> None:
+    def __init__(
+        self, what: str, scale: tuple[float, tuple[float, ...]] | None = None, *, elsewhere: bool = False
+    ) -> None:
         super().__init__(what)
         self.steps: list[Step] = []
-        self.module, self.scale = "", scale
+        self.module, self.scale, self.elsewhere = "", scale, elsewhere
         self.given: list[list[int] | None] = []
 
 
@@ -56,14 +59,14 @@ class Replay(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
-        if is_mixed(tensors_in((args, kwargs))):
+        if is_mixed(operands(args, kwargs, Tensor)):
             args, kwargs = to_meta((args, kwargs))
         if name in SOFT:
-            return func(*args, **cast(dict[str, Any], kwargs))
+            return compute(func, args, cast(dict[str, Any], kwargs))
         due = self.due()
         if not due or due[-1].name != name:
-            raise Mismatch(f"{name} runs where {due[-1].name if due else 'the end'} did")
-        out = func(*args, **cast(dict[str, Any], kwargs))
+            raise Mismatch(f"{name} runs where {due[-1].name if due else 'the end'} did", elsewhere=True)
+        out = compute(func, args, cast(dict[str, Any], kwargs))
         self._compare(due[-1], out, args, kwargs)
         self.position += len(due)
         return out
@@ -74,12 +77,17 @@ class Replay(TorchDispatchMode):
             expected = [size_after(dim, self.sizes) for dim in dims]
             if list(tensor.shape) != expected:
                 raise Mismatch(f"{step.name} gives {list(tensor.shape)}, expected {expected}")
-        numbers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float) and math.isfinite(leaf)]
+        numbers = filter(math.isfinite, operands(args, kwargs, float))
         for number in numbers:
             if not any(math.isclose(number, recorded, rel_tol=1e-6) for recorded in step.scalars):
                 raise Mismatch(
                     f"{step.name} uses {number:.4g} where {sorted(step.scalars)} was used", (number, step.scalars)
                 )
+
+
+def may_remember(mismatch: Mismatch, recording: Recording) -> bool:
+    """Tell whether a mismatch may be due to something that was computed in the first run ever, the trace, alone."""
+    return mismatch.elsewhere and not recording.again
 
 
 def first_mismatch(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> Mismatch | None:
