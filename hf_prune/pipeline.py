@@ -17,10 +17,10 @@ from hf_prune.errors import BudgetError, PlanError, SurgeryError
 from hf_prune.score.base import Criterion, relative
 from hf_prune.score.registry import criterion as criterion_named
 from hf_prune.surgery.apply import cut_tensors, put_back
+from hf_prune.surgery.calls import install, remove
 from hf_prune.surgery.probe import freeze_what_cannot_be_repaired, rehearse
 from hf_prune.surgery.repair import Repairs, set_attributes
 from hf_prune.surgery.replay import Mismatch
-from hf_prune.surgery.reshapes import install, remove
 from hf_prune.surgery.verify import (
     outputs_of,
     probe_inputs,
@@ -37,7 +37,7 @@ class PruneRecord:
 
     Attributes:
         plan: The decision.
-        repairs: Attributes and reshapes that had to be mended.
+        repairs: Attributes and calls that had to be mended.
         params: Parameters before and after.
         macs: Multiply-accumulates before and after.
         difference: Largest difference from the silenced dense model, relative to the outputs; None if not compared.
@@ -159,14 +159,14 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
     before = cut_tensors(model, graph.recording.dims, kept)
     try:
         set_attributes(modules, repairs.attributes)
-        install(model, repairs.reshapes)
+        install(model, repairs.calls)
         require_shapes(model, graph, kept)
         found = outputs_of(model, inputs) if verify else []
         difference = None if expected is None else require_equal(expected, found)
     except Exception as err:
         put_back(model, before)
         set_attributes(modules, old)
-        for path in repairs.reshapes:
+        for path in repairs.calls:
             remove(modules[path])
         if isinstance(err, SurgeryError):
             raise

@@ -93,23 +93,37 @@ class OneOf:
         return found.pop() if len(found) == 1 else None
 
 
+@dataclass(frozen=True)
+class Scale:
+    """A factor that code computes from widths and that must stay what it was.
+
+    Attributes:
+        value: In the dense model.
+        widths: Axes of the module that may go into it.
+    """
+
+    value: float
+    widths: frozenset[Axis]
+
+
 @dataclass
 class Held:
     """Sizes that the model's code holds on to; found by cutting copies without weights.
 
     Attributes:
         attributes: Module path -> attribute -> what it holds: a `OneOf`, or a tuple or list of numbers and `OneOf`.
-        reshapes: Module path -> number of the call in its forward -> position of the size -> its expression.
+        calls: Module path -> number of the watched call in its forward -> position of the number -> the expression of a
+            size, or a `Scale`.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    reshapes: dict[str, dict[int, dict[int, Expr]]] = field(default_factory=dict)
+    calls: dict[str, dict[int, dict[int, "Expr | Scale"]]] = field(default_factory=dict)
 
     def copy(self) -> "Held":
         """Return a copy that shares the expressions."""
         return Held(
             {path: dict(values) for path, values in self.attributes.items()},
-            {path: {call: dict(row) for call, row in calls.items()} for path, calls in self.reshapes.items()},
+            {path: {call: dict(row) for call, row in calls.items()} for path, calls in self.calls.items()},
         )
 
 

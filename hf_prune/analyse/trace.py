@@ -28,7 +28,7 @@ from hf_prune.analyse.running import (
     tensors_in,
     to_meta,
 )
-from hf_prune.analyse.watch import Watch
+from hf_prune.analyse.watch import Given, Watch
 from hf_prune.errors import TraceError
 
 CONSTANT = "it meets a constant made while the model runs"
@@ -65,8 +65,8 @@ class Recording:
         roles: (parameter, dimension) -> subset of {"writer", "reader"}.
         uses: What happens along some dimensions ("normalised", "attention batch", ...).
         order: Parameters in the order of first use.
-        reshapes: Module path -> the sizes given to `view`, `reshape`, `expand` and `split` in its forward, in
-            order.
+        calls: Module path -> for every watched call in its forward, in order, the sizes of the result (or of parts),
+            or the scale that it was given; see `analyse.watch`.
         by_real_run: Whether the meta device did not do.
         again: Whether the model was known to have run before, so that what functions remember was remembered.
     """
@@ -78,7 +78,7 @@ class Recording:
     roles: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     uses: list[tuple[Expr, str]] = field(default_factory=list)
     order: dict[str, None] = field(default_factory=dict)
-    reshapes: dict[str, list[Dims]] = field(default_factory=dict)
+    calls: dict[str, list[Dims | list[float]]] = field(default_factory=dict)
     by_real_run: bool = False
     again: bool = False
 
@@ -130,11 +130,12 @@ class OneCall:
         """Note a product; parameters learn whether a dimension of theirs is read from or written to."""
         if macs:
             self.tracer.recording.macs.append(list(macs))
-        weights = [bool(self.tracer.origin.get(tensor)) for tensor, _, _ in operands]
-        for (tensor, summed, surviving), is_weight in zip(operands, weights, strict=True):
-            if is_weight:
+        origins = [self.tracer.origin.get(tensor) or () for tensor, _, _ in operands]
+        for (tensor, summed, surviving), origin in zip(operands, origins, strict=True):
+            if origin:
                 self.tracer.note_roles(tensor, summed, surviving)
-        if len(operands) == 2 and not any(weights) and operands[0][1]:
+        # A learned query is made of parameters alone, too, but of several.
+        if len(operands) == 2 and not any(len(origin) == 1 for origin in origins) and operands[0][1]:
             (_, summed, (*batch, _)), _ = operands
             for expr in batch:
                 self.note(expr, "attention batch")
@@ -160,11 +161,16 @@ class Tracer(TorchDispatchMode):
             self.known[tensor] = out_dims(tensor.shape, CONSTANT)
         return self.known[tensor]
 
-    def note_reshape(self, result: Any, dim: int) -> None:
-        """Note a call in the forward of the running module and of all around it: its shape, or the sizes of parts."""
-        dims = self.dims_of(result) if isinstance(result, Tensor) else [self.dims_of(part)[dim] for part in result]
+    def note_call(self, given: Given, result: Any, dim: int) -> None:
+        """Note a call in the forward of the running module and of all around it."""
+        if given and isinstance(given[0], float):
+            numbers: Any = given
+        elif isinstance(result, Tensor):
+            numbers = self.dims_of(result)
+        else:
+            numbers = [self.dims_of(part)[dim] for part in result]
         for path in dict.fromkeys(self.stack.paths):
-            self.recording.reshapes.setdefault(path, []).append(dims)
+            self.recording.calls.setdefault(path, []).append(numbers)
 
     def note_roles(self, weight: Tensor, summed: Sequence[Expr], surviving: Sequence[Expr]) -> None:
         """Find out which dimensions of the parameters behind a weight are summed over and which survive."""
@@ -280,7 +286,7 @@ def record(model: nn.Module, inputs: Any) -> Recording:
     for tensor in tensors_in(inputs):
         tracer.known[tensor] = out_dims(tensor.shape, "it is part of the model's input")
     try:
-        with quiet_run(model), Watch(lambda _: None, tracer.note_reshape), tracer:
+        with quiet_run(model), Watch(lambda _: None, tracer.note_call), tracer:
             output = call_model(model, inputs)
     finally:
         stack.remove()

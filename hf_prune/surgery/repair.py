@@ -6,17 +6,25 @@ expected); the attribute of that module that holds the number is set, and the re
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.analyse.axes import Expr, resolve, size_after, size_of
-from hf_prune.analyse.graph import Held, OneOf
+from hf_prune.analyse.axes import Expr, leaves, resolve, size_after, size_of
+from hf_prune.analyse.graph import Held, OneOf, Scale
 from hf_prune.analyse.trace import Recording, Step
-from hf_prune.surgery.replay import Mismatch, Sizes, first_mismatch, may_remember
-from hf_prune.surgery.reshapes import Reshapes, install
+from hf_prune.surgery.calls import Calls, install
+from hf_prune.surgery.replay import (
+    Mismatch,
+    Sizes,
+    attention_widths,
+    cut_axes,
+    first_mismatch,
+    may_remember,
+    wrong_numbers,
+)
 
 Attributes = dict[str, dict[str, Any]]
 
@@ -27,11 +35,11 @@ class Repairs:
 
     Attributes:
         attributes: Module path -> attribute -> value.
-        reshapes: Sizes corrected on their way into torch; see `surgery.reshapes`.
+        calls: Numbers corrected on their way into torch; see `surgery.calls`.
     """
 
     attributes: Attributes = field(default_factory=dict)
-    reshapes: Reshapes = field(default_factory=dict)
+    calls: Calls = field(default_factory=dict)
 
 
 def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, held: Held) -> Repairs:
@@ -48,7 +56,7 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, he
         What was mended.
 
     Raises:
-        Mismatch: If a step disagrees and neither an attribute nor a reshape explains it.
+        Mismatch: If a step disagrees and neither an attribute nor a call explains it.
     """
     modules = dict(model.named_modules())
     done = Repairs(attributes=set_known_layers(model, groups_after(recording, sizes)))
@@ -59,10 +67,10 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, he
         if attributes := attributes_behind(modules, recording, mismatch, sizes, held):
             for path, values in attributes.items():
                 held.attributes.setdefault(path, {}).update(values)
-        elif reshapes := reshapes_behind(modules, recording, mismatch, sizes, held):
-            for path, calls in reshapes.items():
+        elif found := calls_behind(modules, recording, mismatch, sizes, held):
+            for path, calls in found.items():
                 for call, row in calls.items():
-                    held.reshapes.setdefault(path, {}).setdefault(call, {}).update(row)
+                    held.calls.setdefault(path, {}).setdefault(call, {}).update(row)
         else:
             raise mismatch
         apply_held(model, recording, held, sizes, done)
@@ -80,13 +88,23 @@ def apply_held(model: nn.Module, recording: Recording, held: Held, sizes: Sizes,
         if changed:
             set_attributes(modules, {path: changed})
             done.attributes.setdefault(path, {}).update(changed)
-    for path, calls in held.reshapes.items():
-        # A size that stays may be computed from one that does not.
-        if any(size_after(dim, sizes) != size_of(dim) for dims in recording.reshapes[path] for dim in dims):
-            done.reshapes[path] = {
-                call: {position: size_after(dim, sizes) for position, dim in row.items()} for call, row in calls.items()
-            }
-    install(model, done.reshapes)
+    for path, calls in held.calls.items():
+        right = {call: numbers_after(row, recording.calls[path], sizes) for call, row in calls.items()}
+        if any(right.values()):
+            done.calls[path] = {call: row for call, row in right.items() if row}
+    install(model, done.calls)
+
+
+def numbers_after(
+    row: Mapping[int, Expr | Scale], calls: Sequence[Sequence[Expr | float]], sizes: Sizes
+) -> dict[int, int | float]:
+    """Return what is to be corrected at a call; nothing if the cut does not touch it."""
+    cut = cut_axes(sizes)
+    scales = {p: n.value for p, n in row.items() if isinstance(n, Scale) and any(cut & {*leaves(w)} for w in n.widths)}
+    # A size that stays may be computed from one that does not.
+    if all(size_after(dim, sizes) == size_of(dim) for dims in calls for dim in dims if isinstance(dim, Expr)):
+        return scales
+    return scales | {p: size_after(dim, sizes) for p, dim in row.items() if not isinstance(dim, Scale)}
 
 
 def held_value(value: Any, sizes: Sizes) -> Any:
@@ -99,29 +117,36 @@ def held_value(value: Any, sizes: Sizes) -> Any:
     return None if None in parts else type(value)(parts)
 
 
-def reshapes_behind(
+def calls_behind(
     modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes, held: Held
-) -> dict[str, dict[int, dict[int, Expr]]]:
-    """Find the first reshape of the failing module that was asked for a wrong size, and the same call elsewhere.
+) -> dict[str, dict[int, dict[int, Expr | Scale]]]:
+    """Find the first call in the failing module that was given a wrong number, and the same call elsewhere.
 
     Empty if there is none, or it was corrected already.
     """
     path = mismatch.module
-    for call, (asked, dims) in enumerate(zip(mismatch.given, recording.reshapes.get(path, []), strict=False)):
-        expected = [size_after(dim, sizes) for dim in dims]
-        if asked is None or len(asked) != len(expected):
+    ours = recording.calls.get(path, [])
+    for call, (given, recorded) in enumerate(zip(mismatch.given, ours, strict=False)):
+        wrong = wrong_numbers(given, recorded, sizes)
+        if not wrong or set(wrong) <= set(held.calls.get(path, {}).get(call, {})):
             continue
-        wrong = [p for p, size in enumerate(asked) if size not in (-1, expected[p])]
-        if not wrong or set(wrong) <= set(held.reshapes.get(path, {}).get(call, {})):
-            continue
-        found: dict[str, dict[int, dict[int, Expr]]] = {}
+        found: dict[str, dict[int, dict[int, Expr | Scale]]] = {}
         for other, module in modules.items():
-            calls = recording.reshapes.get(other, [])
-            same_code = type(module) is type(modules[path]) and len(calls) == len(recording.reshapes[path])
-            if same_code and len(calls[call]) == len(expected):
-                found[other] = {call: {p: calls[call][p] for p in wrong}}
+            theirs = recording.calls.get(other, [])
+            same_code = type(module) is type(modules[path]) and len(theirs) == len(ours)
+            if same_code and len(theirs[call]) == len(recorded):
+                found[other] = {call: {p: _held_number(theirs[call][p], recording, other) for p in wrong}}
         return found
     return {}
+
+
+def _held_number(number: Expr | float, recording: Recording, path: str) -> Expr | Scale:
+    """Return what to note of a number: the expression of a size; of a scale, which widths it may come from."""
+    if isinstance(number, Expr):
+        return number
+    here = {leaf for step in recording.steps if step.module == path
+            for dims in [*step.inputs, *step.outputs] for dim in dims for leaf in leaves(dim)}  # fmt: skip
+    return Scale(number, frozenset(here & attention_widths(recording) or here))
 
 
 def attributes_behind(

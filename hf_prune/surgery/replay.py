@@ -2,16 +2,17 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_prune.analyse.axes import Axis, leaves, size_after
+from hf_prune.analyse.axes import Axis, Expr, leaves, size_after
 from hf_prune.analyse.kernels import compute, operands
 from hf_prune.analyse.running import ModuleStack, call_model, is_mixed, quiet_run, to_meta
 from hf_prune.analyse.trace import Recording, Step
-from hf_prune.analyse.watch import Watch
+from hf_prune.analyse.watch import Given, Watch
 
 Sizes = dict[Axis, int]
 
@@ -29,7 +30,7 @@ class Mismatch(Exception):  # noqa: N818 (a signal, not an error of the user's)
     Attributes:
         steps: The recorded steps that were due.
         module: Path of the innermost module that was running.
-        given: Sizes that the module's reshapes were given so far.
+        given: Numbers that the module's watched calls were given so far.
         scale: (number used, numbers recorded) if a factor changed rather than a shape.
         elsewhere: Whether another operation ran than was due.
     """
@@ -40,7 +41,7 @@ class Mismatch(Exception):  # noqa: N818 (a signal, not an error of the user's)
         super().__init__(what)
         self.steps: list[Step] = []
         self.module, self.scale, self.elsewhere = "", scale, elsewhere
-        self.given: list[list[int] | None] = []
+        self.given: list[Given] = []
 
 
 class Replay(TorchDispatchMode):
@@ -85,6 +86,18 @@ class Replay(TorchDispatchMode):
                 )
 
 
+def wrong_numbers(given: Given, recorded: Sequence[Expr | float], sizes: Sizes) -> dict[int, int | float]:
+    """Return position -> what it should be, for the numbers of a watched call that are not as recorded."""
+    if given is None or len(given) != len(recorded):
+        return {}
+    right = [size_after(n, sizes) if isinstance(n, Expr) else n for n in recorded]
+    return {
+        position: due
+        for position, (n, due) in enumerate(zip(given, right, strict=True))
+        if n != -1 and not math.isclose(n, due, rel_tol=1e-6)
+    }
+
+
 def may_remember(mismatch: Mismatch, recording: Recording) -> bool:
     """Tell whether a mismatch may be due to something that was computed in the first run ever, the trace, alone."""
     return mismatch.elsewhere and not recording.again
@@ -93,20 +106,17 @@ def may_remember(mismatch: Mismatch, recording: Recording) -> bool:
 def first_mismatch(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> Mismatch | None:
     """Run a cut model and return where it leaves the trace, or None if it does not."""
     mode, stack = Replay(recording, sizes), ModuleStack(model)
-    given: dict[str, list[list[int] | None]] = defaultdict(list)
+    given: dict[str, list[Given]] = defaultdict(list)
 
-    def note(asked: list[int] | None) -> None:
+    def note(numbers: Given) -> None:
         for path in dict.fromkeys(stack.paths):
-            given[path].append(asked)
+            given[path].append(numbers)
         # Nothing may be computed between two views, so a wrong one can cancel out in shape and still mix units.
-        calls, number = recording.reshapes.get(stack.innermost, []), len(given[stack.innermost]) - 1
-        expected = [size_after(dim, sizes) for dim in calls[number]] if number < len(calls) else []
-        if (
-            asked
-            and len(asked) == len(expected)
-            and any(n not in (-1, m) for n, m in zip(asked, expected, strict=True))
-        ):
-            raise Mismatch(f"a reshape asks for {asked}, expected {expected}")
+        calls, number = recording.calls.get(stack.innermost, []), len(given[stack.innermost]) - 1
+        if number < len(calls) and (wrong := wrong_numbers(numbers, calls[number], sizes)):
+            due = list(wrong.values())
+            scale = (numbers[0], (due[0],)) if numbers and isinstance(due[0], float) else None
+            raise Mismatch(f"a call is given {numbers}, expected {due} at position {list(wrong)}", scale)
 
     try:
         with quiet_run(model), Watch(note, lambda *_: None), mode:
@@ -142,7 +152,7 @@ def blamed(mismatch: Mismatch, recording: Recording, sizes: Sizes) -> set[Axis]:
         steps = [step for step in recording.steps if step.module == path or step.module.startswith(path + ".")]
         # A method that is no forward runs in the name of its caller, but looks at tensors of its own module.
         tensors = [dims for name, dims in recording.dims.items() if name.startswith(path + ".")]
-        cut = _cut_axes(steps, sizes) or _cut({leaf for dims in tensors for dim in dims for leaf in leaves(dim)}, sizes)
+        cut = _cut_axes(steps, sizes) or _cut_in(tensors, sizes)
         path = path.rpartition(".")[0]
     if mismatch.scale is None:
         return cut
@@ -153,14 +163,22 @@ def blamed(mismatch: Mismatch, recording: Recording, sizes: Sizes) -> set[Axis]:
         if any(math.isclose(ratio, (sizes[axis] / axis.size) ** power, rel_tol=1e-4) for ratio in ratios)
     }  # fmt: skip
     # Scales come from the width at which queries meet keys; other axes can shrink by the same factor by accident.
-    widths = {leaf for expr, use in recording.uses if use == "attention width" for leaf in leaves(expr)}
-    return explained & widths or explained or cut
+    return explained & attention_widths(recording) or explained or cut
+
+
+def attention_widths(recording: Recording) -> set[Axis]:
+    """Return the axes along which queries meet keys."""
+    return {leaf for expr, use in recording.uses if use == "attention width" for leaf in leaves(expr)}
+
+
+def cut_axes(sizes: Sizes) -> set[Axis]:
+    """Return the axes that lose units."""
+    return {axis for axis, size in sizes.items() if size != axis.size}
 
 
 def _cut_axes(steps: list[Step], sizes: Sizes) -> set[Axis]:
-    dims = [dim for step in steps for given in [*step.outputs, *step.inputs] for dim in given]
-    return _cut({leaf for dim in dims for leaf in leaves(dim)}, sizes)
+    return _cut_in([dims for step in steps for dims in [*step.outputs, *step.inputs]], sizes)
 
 
-def _cut(axes: set[Axis], sizes: Sizes) -> set[Axis]:
-    return {axis for axis in axes if sizes.get(axis, axis.size) != axis.size}
+def _cut_in(tensors: list[list[Expr]], sizes: Sizes) -> set[Axis]:
+    return {leaf for dims in tensors for dim in dims for leaf in leaves(dim)} & cut_axes(sizes)

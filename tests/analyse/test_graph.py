@@ -33,14 +33,15 @@ def test_axes_of_a_vision_transformer_have_the_names_a_person_would_give():
     assert found == {
         "embed": ("embed", 192),
         "blocks.0.attn.heads": ("heads", 3),
+        "blocks.0.attn.head_dim": ("head_dim", 64),
         "blocks.0.mlp.hidden": ("mlp", 768),
         "blocks.1.attn.heads": ("heads", 3),
+        "blocks.1.attn.head_dim": ("head_dim", 64),
         "blocks.1.mlp.hidden": ("mlp", 768),
     }
     assert graph.explain("blocks.1.attn.qkv.weight")[0] == (
         "blocks.1.attn.qkv.stack * blocks.1.attn.heads * blocks.1.attn.head_dim"
     )
-    assert "insists on its size" in graph.frozen["blocks.0.attn.head_dim"]
     assert graph.frozen["head.output"] == "it is part of the model's output"
     heads = graph.axes["blocks.0.attn.heads"]
     assert {s.name for s in heads.writers} == {"blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"}
