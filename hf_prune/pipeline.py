@@ -70,14 +70,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> AxisGraph:
     """
     require_plain_tensors(model)
     inputs = inputs_for(model) if example_inputs is None else example_inputs
-    try:
-        return _find_axes(model, inputs)
-    except Mismatch:
-        return _find_axes(model, inputs, again=True)
-
-
-def _find_axes(model: nn.Module, inputs: Any, *, again: bool = False) -> AxisGraph:
-    recording, empty = trace(model, inputs, again=again)
+    recording, empty = trace(model, inputs)
     graph = build_graph(model, recording, empty, inputs)
     if freeze_what_cannot_be_repaired(graph):
         graph = replace(build_graph(model, recording, empty, inputs), held=graph.held)

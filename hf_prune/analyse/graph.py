@@ -114,16 +114,19 @@ class Held:
         attributes: Module path -> attribute -> what it holds: a `OneOf`, or a tuple or list of numbers and `OneOf`.
         calls: Module path -> number of the watched call in its forward -> position of the number -> the expression of a
             size, or a `Scale`.
+        complete: Whether every cut there can be was tried, at other sizes.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     calls: dict[str, dict[int, dict[int, "Expr | Scale"]]] = field(default_factory=dict)
+    complete: bool = False
 
     def copy(self) -> "Held":
         """Return a copy that shares the expressions."""
         return Held(
             {path: dict(values) for path, values in self.attributes.items()},
             {path: {call: dict(row) for call, row in calls.items()} for path, calls in self.calls.items()},
+            self.complete,
         )
 
 

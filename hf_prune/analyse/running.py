@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hf_prune.analyse.caches import forget
+
 EMPTY = {dict, OrderedDict, set, list}
 
 
@@ -81,7 +83,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def quiet_run(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no fused encoder layers that would hide what happens inside.
+    """Evaluation mode, no gradients, no memories, no fused encoder layers that would hide what happens inside.
 
     Afterwards modules have the attributes and buffers they had: a mode, a table made for the size of these inputs.
     """
@@ -89,6 +91,7 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
+    forget(model)
     # Only now: a change of mode makes some models forget tables that they made before.
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in modes]
     try:

@@ -68,7 +68,6 @@ class Recording:
         calls: Module path -> for every watched call in its forward, in order, the sizes of the result (or of parts),
             or the scale that it was given; see `analyse.watch`.
         by_real_run: Whether the meta device did not do.
-        again: Whether the model was known to have run before, so that what functions remember was remembered.
     """
 
     dims: dict[str, Dims]
@@ -80,7 +79,6 @@ class Recording:
     order: dict[str, None] = field(default_factory=dict)
     calls: dict[str, list[Dims | list[float]]] = field(default_factory=dict)
     by_real_run: bool = False
-    again: bool = False
 
 
 class ByTensor(dict):
@@ -296,13 +294,8 @@ def record(model: nn.Module, inputs: Any) -> Recording:
     return recording
 
 
-def trace(model: nn.Module, inputs: Any, *, again: bool = False) -> tuple[Recording, nn.Module]:
+def trace(model: nn.Module, inputs: Any) -> tuple[Recording, nn.Module]:
     """Trace a model and return what was found and the skeleton that it was found on.
-
-    Args:
-        model: Not changed.
-        inputs: What it is called with.
-        again: Noted in the recording.
 
     Raises:
         TraceError: If the model cannot run on these inputs.
@@ -311,7 +304,6 @@ def trace(model: nn.Module, inputs: Any, *, again: bool = False) -> tuple[Record
     empty = skeleton(model)
     try:
         recording = record(skeleton(model), to_meta(inputs))
-        recording.again = again
         return recording, empty
     except TraceError:
         raise
@@ -328,5 +320,5 @@ def trace(model: nn.Module, inputs: Any, *, again: bool = False) -> tuple[Record
                 f"{type(err).__name__}: {err}; give inputs as the model takes them (a tensor, a tuple, or a dict of "
                 f"keyword arguments). Without numbers it failed with: {type(on_meta).__name__}: {on_meta}"
             ) from err
-        recording.by_real_run, recording.again = True, again
+        recording.by_real_run = True
         return recording, real

@@ -14,7 +14,7 @@ from hf_prune.analyse.trace import Step
 from hf_prune.errors import SurgeryError
 from hf_prune.surgery.apply import cut_tensors
 from hf_prune.surgery.repair import Repairs, repair
-from hf_prune.surgery.replay import Mismatch, Sizes, blamed, may_remember
+from hf_prune.surgery.replay import Mismatch, Sizes, blamed
 
 
 def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
@@ -27,7 +27,6 @@ def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
     Cost: one or two runs without numbers, and one or two more for each kind of module that resists.
 
     Raises:
-        Mismatch: If the model should be traced again first, for it may remember something from its first run.
         SurgeryError: If the repair fails and no axis is to blame.
     """
     free = [axis.leaf for axis in graph.axes.values()]
@@ -36,10 +35,9 @@ def freeze_what_cannot_be_repaired(graph: AxisGraph) -> bool:
         sizes = probe_sizes(free)
         try:
             rehearse(graph, {axis: torch.arange(size) for axis, size in sizes.items()}, graph.held)
+            graph.held.complete = True
             break
         except Mismatch as mismatch:
-            if may_remember(mismatch, graph.recording):
-                raise
             guilty = blamed(mismatch, graph.recording, sizes)
             if not guilty:
                 raise SurgeryError(

@@ -6,7 +6,7 @@ expected); the attribute of that module that holds the number is set, and the re
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,6 @@ from hf_prune.surgery.replay import (
     attention_widths,
     cut_axes,
     first_mismatch,
-    may_remember,
     wrong_numbers,
 )
 
@@ -61,10 +60,14 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, he
     modules = dict(model.named_modules())
     done = Repairs(attributes=set_known_layers(model, groups_after(recording, sizes)))
     apply_held(model, recording, held, sizes, done)
+    guess, wrong_guesses = None, set()
     while (mismatch := first_mismatch(model, recording, sizes, inputs)) is not None:
-        if may_remember(mismatch, recording):
-            raise mismatch
-        if attributes := attributes_behind(modules, recording, mismatch, sizes, held):
+        if guess and guess.brought_nothing(mismatch):
+            guess.take_back(modules, held, done)
+            wrong_guesses |= guess.names
+        attributes = attributes_behind(modules, recording, mismatch, sizes, held, wrong_guesses)
+        guess = Guess(modules, attributes, mismatch) if attributes else None
+        if attributes:
             for path, values in attributes.items():
                 held.attributes.setdefault(path, {}).update(values)
         elif found := calls_behind(modules, recording, mismatch, sizes, held):
@@ -75,6 +78,30 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, he
             raise mismatch
         apply_held(model, recording, held, sizes, done)
     return done
+
+
+class Guess:
+    """Attributes that hold a number which should have changed; that may be so by accident."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], attributes: Attributes, mismatch: Mismatch) -> None:
+        self.names = {(path, name) for path, values in attributes.items() for name in values}
+        self.before = {(path, name): getattr(modules[path], name) for path, name in self.names}
+        self.mismatch = mismatch
+
+    def brought_nothing(self, mismatch: Mismatch) -> bool:
+        """Tell whether the replay fails as before, or earlier."""
+        before = self.mismatch
+        return mismatch.progress < before.progress or (mismatch.progress, str(mismatch)) == (
+            before.progress,
+            str(before),
+        )
+
+    def take_back(self, modules: Mapping[str, nn.Module], held: Held, done: Repairs) -> None:
+        """Give attributes the values they had."""
+        for (path, name), value in self.before.items():
+            setattr(modules[path], name, value)
+            held.attributes[path].pop(name, None)
+            done.attributes.get(path, {}).pop(name, None)
 
 
 def apply_held(model: nn.Module, recording: Recording, held: Held, sizes: Sizes, done: Repairs) -> None:
@@ -128,38 +155,59 @@ def calls_behind(
     ours = recording.calls.get(path, [])
     for call, (given, recorded) in enumerate(zip(mismatch.given, ours, strict=False)):
         wrong = wrong_numbers(given, recorded, sizes)
-        if not wrong or set(wrong) <= set(held.calls.get(path, {}).get(call, {})):
+        if not wrong or set(wrong) <= set(numbers_after(held.calls.get(path, {}).get(call, {}), ours, sizes)):
             continue
         found: dict[str, dict[int, dict[int, Expr | Scale]]] = {}
         for other, module in modules.items():
             theirs = recording.calls.get(other, [])
             same_code = type(module) is type(modules[path]) and len(theirs) == len(ours)
             if same_code and len(theirs[call]) == len(recorded):
-                found[other] = {call: {p: _held_number(theirs[call][p], recording, other) for p in wrong}}
+                found[other] = {
+                    call: {
+                        p: _held_number(
+                            theirs[call][p], recording, other, held.calls.get(other, {}).get(call, {}).get(p)
+                        )
+                        for p in wrong
+                    }
+                }
         return found
     return {}
 
 
-def _held_number(number: Expr | float, recording: Recording, path: str) -> Expr | Scale:
-    """Return what to note of a number: the expression of a size; of a scale, which widths it may come from."""
+def _held_number(number: Expr | float, recording: Recording, path: str, known: Expr | Scale | None) -> Expr | Scale:
+    """Return what to note of a number: the expression of a size; of a scale, which widths it may come from.
+
+    Those are the widths at which queries meet keys, or all of the module where there are none or they did not do.
+    """
     if isinstance(number, Expr):
         return number
     here = {leaf for step in recording.steps if step.module == path
             for dims in [*step.inputs, *step.outputs] for dim in dims for leaf in leaves(dim)}  # fmt: skip
-    return Scale(number, frozenset(here & attention_widths(recording) or here))
+    widths = set() if known else here & attention_widths(recording)
+    return Scale(number, frozenset(widths or here))
 
 
 def attributes_behind(
-    modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes, held: Held
-) -> dict[str, dict[str, Any]]:
+    modules: dict[str, nn.Module],
+    recording: Recording,
+    mismatch: Mismatch,
+    sizes: Sizes,
+    held: Held,
+    wrong_guesses: Collection[tuple[str, str]],
+) -> Attributes:
     """Find the attributes that hold a number which should have changed, in the failing module and those of its kind.
 
-    Attributes that are explained already are left out: the search ends at the latest when all are.
+    Attributes that are explained already are left out: the search ends at the latest when all are. Once all is known
+    that the code holds on to, only those are looked at which hold one of several widths.
     """
-    explained = {
-        path: {name for name, value in values.items() if held_value(value, sizes) is not None}
-        for path, values in held.attributes.items()
-    }
+    explained: dict[str, set[str]] = defaultdict(set)
+    for other, values in held.attributes.items():
+        explained[other] = {name for name, value in values.items() if held_value(value, sizes) is not None}
+    for other, name in wrong_guesses:
+        explained[other].add(name)
+    if held.complete:
+        for other, module in modules.items():
+            explained[other] |= vars(module).keys() - held.attributes.get(other, {}).keys()
     wrong, path = changed_numbers(mismatch.steps, sizes), mismatch.module
     while not (values := _matching(modules[path], wrong, explained.get(path, set()))):
         if not path:
@@ -203,7 +251,7 @@ def parts_of(expr: Expr) -> list[Expr]:
 
 
 # Numbers that describe images and windows are equal to a width by accident only.
-NOT_A_WIDTH = re.compile(r"image|img|patch|kernel|stride|window|grid|padding|dilation|resolution")
+NOT_A_WIDTH = re.compile(r"image|img|patch|kernel|stride|window|shift|grid|padding|dilation|resolution")
 
 
 def _matching(module: nn.Module, numbers: dict[int, OneOf], explained: set[str]) -> dict[str, Any]:

@@ -32,16 +32,15 @@ class Mismatch(Exception):  # noqa: N818 (a signal, not an error of the user's)
         module: Path of the innermost module that was running.
         given: Numbers that the module's watched calls were given so far.
         scale: (number used, numbers recorded) if a factor changed rather than a shape.
-        elsewhere: Whether another operation ran than was due.
+        progress: How far the replay came: operations compared, watched calls seen.
     """
 
-    def __init__(
-        self, what: str, scale: tuple[float, tuple[float, ...]] | None = None, *, elsewhere: bool = False
-    ) -> None:
+    def __init__(self, what: str, scale: tuple[float, tuple[float, ...]] | None = None) -> None:
         super().__init__(what)
         self.steps: list[Step] = []
-        self.module, self.scale, self.elsewhere = "", scale, elsewhere
+        self.module, self.scale = "", scale
         self.given: list[Given] = []
+        self.progress: tuple[int, int] = (0, 0)
 
 
 class Replay(TorchDispatchMode):
@@ -66,7 +65,7 @@ class Replay(TorchDispatchMode):
             return compute(func, args, cast(dict[str, Any], kwargs))
         due = self.due()
         if not due or due[-1].name != name:
-            raise Mismatch(f"{name} runs where {due[-1].name if due else 'the end'} did", elsewhere=True)
+            raise Mismatch(f"{name} runs where {due[-1].name if due else 'the end'} did")
         out = compute(func, args, cast(dict[str, Any], kwargs))
         self._compare(due[-1], out, args, kwargs)
         self.position += len(due)
@@ -98,11 +97,6 @@ def wrong_numbers(given: Given, recorded: Sequence[Expr | float], sizes: Sizes) 
     }
 
 
-def may_remember(mismatch: Mismatch, recording: Recording) -> bool:
-    """Tell whether a mismatch may be due to something that was computed in the first run ever, the trace, alone."""
-    return mismatch.elsewhere and not recording.again
-
-
 def first_mismatch(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any) -> Mismatch | None:
     """Run a cut model and return where it leaves the trace, or None if it does not."""
     mode, stack = Replay(recording, sizes), ModuleStack(model)
@@ -128,7 +122,7 @@ def first_mismatch(model: nn.Module, recording: Recording, sizes: Sizes, inputs:
         mismatch.module = _running_module(model, err)
         due = mode.due() or recording.steps[-1:]
         mismatch.steps = [step for step in due if step.module == mismatch.module] or due
-        mismatch.given = given[mismatch.module]
+        mismatch.given, mismatch.progress = given[mismatch.module], (mode.position, len(given[""]))
         return mismatch
     finally:
         stack.remove()

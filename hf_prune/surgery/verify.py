@@ -40,11 +40,12 @@ def silenced(model: nn.Module, graph: AxisGraph, kept: Mapping[Axis, Tensor]) ->
 
     One module at a time has a second copy of its weights, while it runs.
     """
-    masks = _masks(graph, kept)
-    handles = []
-    for path, module in model.named_modules():
-        own = {name: masks[full] for name in [*module._parameters, *module._buffers]
-               if (full := f"{path}.{name}" if path else name) in masks}  # fmt: skip
+    tensors, handles = named_tensors(model), []
+    # By identity: a shared weight has several names.
+    masks = {id(tensors[name]): rows for name, rows in _masks(graph, kept).items()}
+    for module in model.modules():
+        own = {name: masks[id(tensor)] for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+               if id(tensor) in masks}  # fmt: skip
         if own:
             swap = _Swap(own)
             handles += [
