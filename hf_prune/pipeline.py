@@ -16,17 +16,17 @@ from hf_prune.analyse.trace import trace
 from hf_prune.errors import BudgetError, PlanError, SurgeryError
 from hf_prune.score.base import Criterion, relative
 from hf_prune.score.registry import criterion as criterion_named
-from hf_prune.surgery.apply import cut_tensors, put_back
-from hf_prune.surgery.calls import install, remove
+from hf_prune.surgery.apply import Kept, cut
 from hf_prune.surgery.probe import freeze_what_cannot_be_repaired, rehearse
-from hf_prune.surgery.repair import Repairs, set_attributes
+from hf_prune.surgery.repair import Repairs
 from hf_prune.surgery.replay import Mismatch
 from hf_prune.surgery.verify import (
+    DifferenceError,
+    in_double,
     outputs_of,
     probe_inputs,
     reasons_not_exact,
     require_equal,
-    require_shapes,
     silenced,
 )
 
@@ -143,27 +143,11 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
     except Mismatch as err:
         raise SurgeryError(f"the cut model must run as the dense one does, but in '{err.module}' {err}") from err
     not_exact = reasons_not_exact(graph, kept)
-    inputs, expected = probe_inputs(graph, model), None
-    if verify and not not_exact:
-        with silenced(model, graph, kept):
-            expected = outputs_of(model, inputs)
-    modules = dict(model.named_modules())
-    old = {path: {name: getattr(modules[path], name) for name in values} for path, values in repairs.attributes.items()}
-    before = cut_tensors(model, graph.recording.dims, kept)
-    try:
-        set_attributes(modules, repairs.attributes)
-        install(model, repairs.calls)
-        require_shapes(model, graph, kept)
-        found = outputs_of(model, inputs) if verify else []
-        difference = None if expected is None else require_equal(expected, found)
-    except Exception as err:
-        put_back(model, before)
-        set_attributes(modules, old)
-        for path in repairs.calls:
-            remove(modules[path])
-        if isinstance(err, SurgeryError):
-            raise
-        raise SurgeryError(f"the cut model must run, but it does not: {type(err).__name__}: {err}") from err
+    if verify:
+        difference = _cut_verified(model, graph, kept, repairs, exact=not not_exact)
+    else:
+        with cut(model, graph, kept, repairs):
+            difference = None
     cost, sizes = Cost.of(graph), {a: len(i) for a, i in kept.items()}
     return PruneRecord(
         decided,
@@ -173,6 +157,26 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
         difference,
         not_exact,
     )
+
+
+def _cut_verified(model: nn.Module, graph: AxisGraph, kept: Kept, repairs: Repairs, *, exact: bool) -> float | None:
+    """Cut a model, compare it with its silenced twin if it must be exact, and return the difference."""
+
+    def attempt() -> float | None:
+        inputs, expected = probe_inputs(graph, model), None
+        if exact:
+            with silenced(model, graph, kept):
+                expected = outputs_of(model, inputs)
+        with cut(model, graph, kept, repairs):
+            found = outputs_of(model, inputs)
+            return None if expected is None else require_equal(expected, found)
+
+    try:
+        return attempt()
+    except DifferenceError:
+        # Half precision is not precise enough, and a softmax may tell apart what float32 does not.
+        with in_double(model):
+            return attempt()
 
 
 def prune(model: nn.Module, example_inputs: Any = None, **settings: Any) -> nn.Module:

@@ -1,13 +1,19 @@
-"""Slice the tensors of a model."""
+"""Slice the tensors of a model and mend its code, or leave it as it was."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.analyse.axes import Axis, Expr, kept_indices
+from hf_prune.analyse.graph import AxisGraph
 from hf_prune.analyse.running import named_tensors
+from hf_prune.errors import SurgeryError
+from hf_prune.surgery.calls import corrections, install, reinstall
+from hf_prune.surgery.repair import Repairs, set_attributes
+from hf_prune.surgery.verify import require_shapes
 
 Kept = Mapping[Axis, Tensor]
 
@@ -69,3 +75,27 @@ def _exchange(model: nn.Module, new: Mapping[int, Tensor]) -> None:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and id(value) in new:
                 vars(module)[name] = new[id(value)]
+
+
+@contextmanager
+def cut(model: nn.Module, graph: AxisGraph, kept: Kept, repairs: Repairs) -> Iterator[None]:
+    """Cut and mend a model; if what is done next fails, put everything back.
+
+    Raises:
+        SurgeryError: If a tensor has another shape than predicted, or for any error of what is done next.
+    """
+    modules, calls = dict(model.named_modules()), corrections(model)
+    old = {path: {name: getattr(modules[path], name) for name in values} for path, values in repairs.attributes.items()}
+    before = cut_tensors(model, graph.recording.dims, kept)
+    try:
+        set_attributes(modules, repairs.attributes)
+        install(model, repairs.calls)
+        require_shapes(model, graph, kept)
+        yield
+    except Exception as err:
+        put_back(model, before)
+        set_attributes(modules, old)
+        reinstall(model, calls)
+        if isinstance(err, SurgeryError):
+            raise
+        raise SurgeryError(f"the cut model must run, but it does not: {type(err).__name__}: {err}") from err

@@ -16,6 +16,8 @@ from hf_prune.analyse.watch import call_with, is_watched, numbers_given
 # module path -> number of the watched call -> position of the number -> its value: a size, or a scale
 Calls = dict[str, dict[int, dict[int, int | float]]]
 
+KEY = "_corrected_calls"
+
 
 class _Correct(TorchFunctionMode):
     """Replaces numbers in the calls of one forward pass."""
@@ -56,21 +58,29 @@ class Correction:
 
 
 def install(model: nn.Module, calls: Calls) -> None:
-    """Correct calls from now on; corrections for the same module are replaced."""
-    modules = dict(model.named_modules())
+    """Correct calls from now on, besides those that are corrected already."""
+    now = corrections(model)
+    merged = {path: {call: dict(row) for call, row in now.get(path, {}).items()} for path in calls}
     for path, numbers in calls.items():
-        module = modules[path]
-        remove(module)
-        correction = Correction(numbers)
-        handles = (
-            module.register_forward_pre_hook(correction.enter),
-            module.register_forward_hook(correction.leave, always_call=True),
-        )
-        module.__dict__["_corrected_calls"] = (correction, handles)
+        for call, row in numbers.items():
+            merged[path].setdefault(call, {}).update(row)
+    reinstall(model, now | merged)
 
 
-def remove(module: nn.Module) -> None:
-    """Take the correction of a module off, if it has one."""
-    if "_corrected_calls" in module.__dict__:
-        for handle in module.__dict__.pop("_corrected_calls")[1]:
-            handle.remove()
+def corrections(model: nn.Module) -> Calls:
+    """Return what is corrected in a model."""
+    return {path: module.__dict__[KEY][0].numbers for path, module in model.named_modules() if KEY in module.__dict__}
+
+
+def reinstall(model: nn.Module, calls: Calls) -> None:
+    """Correct these calls and no others."""
+    for path, module in model.named_modules():
+        if KEY in module.__dict__:
+            for handle in module.__dict__.pop(KEY)[1]:
+                handle.remove()
+        if path in calls:
+            correction = Correction(calls[path])
+            module.__dict__[KEY] = (correction, (
+                module.register_forward_pre_hook(correction.enter),
+                module.register_forward_hook(correction.leave, always_call=True),
+            ))  # fmt: skip

@@ -1,6 +1,6 @@
 """Prove that a cut model is what was promised."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,15 +14,20 @@ from hf_prune.analyse.running import call_model, named_tensors, output_tensors, 
 from hf_prune.errors import SurgeryError
 
 
+class DifferenceError(SurgeryError):
+    """The cut model runs, but not as it must."""
+
+
 def probe_inputs(graph: AxisGraph, model: nn.Module) -> Any:
-    """Return the example inputs with noise instead of blank images, on the model's device."""
-    device = next(model.parameters()).device
+    """Return the example inputs with noise instead of blank images, on the model's device and as precise as it is."""
+    first = next(tensor for tensor in named_tensors(model).values() if tensor.is_floating_point())
+    device, precise = first.device, first.dtype is torch.float64
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(device)
-        return torch.randn(tensor.shape, generator=generator).to(device, tensor.dtype)
+        return torch.randn(tensor.shape, generator=generator).to(device, first.dtype if precise else tensor.dtype)
 
     return tree_map_only(Tensor, fill, graph.inputs)
 
@@ -32,6 +37,23 @@ def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Return the floating-point tensors of a model's output."""
     with quiet_run(model):
         return [t.clone() for t in output_tensors(call_model(model, inputs)) if t.is_floating_point()]
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """Compute in float64 for a while; the weights take twice their memory, and come back as they were to the bit."""
+    dtypes = {name: t.dtype for name, t in named_tensors(model).items() if t.is_floating_point()}
+
+    def change(wanted: Mapping[str, torch.dtype]) -> None:
+        for name, tensor in named_tensors(model).items():
+            if name in wanted:
+                tensor.data = tensor.data.to(wanted[name])
+
+    change(dict.fromkeys(dtypes, torch.float64))
+    try:
+        yield
+    finally:
+        change(dtypes)
 
 
 @contextmanager
@@ -112,16 +134,17 @@ def require_equal(expected: list[Tensor], found: list[Tensor], *, tolerance: flo
     """Return the largest difference, relative to the size of the outputs.
 
     Raises:
-        SurgeryError: If it is larger than the tolerance or shapes differ.
+        SurgeryError: If shapes differ.
+        DifferenceError: If it is larger than the tolerance.
     """
     worst = 0.0
     for first, second in zip(expected, found, strict=True):
         if first.shape != second.shape:
             raise SurgeryError(f"outputs must keep their shape {tuple(first.shape)}, got {tuple(second.shape)}")
         scale = float(first.abs().max().clamp_min(1e-6))
-        worst = max(worst, float((first.float() - second.float()).abs().max()) / scale)
+        worst = max(worst, float((first.double() - second.double()).abs().max()) / scale)
     if not worst <= tolerance:
-        raise SurgeryError(
+        raise DifferenceError(
             f"the pruned model must equal the dense one whose removed units are silenced, but outputs differ by "
             f"{worst:.2g} of their size (allowed {tolerance:g})"
         )
