@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_prune.analyse.graph import AxisGraph
+from hf_prune.allocate.allocators import Limits
+from hf_prune.analyse.graph import KINDS, AxisGraph
 from hf_prune.pipeline import analyze
 
 KEEP = 0.5
@@ -109,7 +110,7 @@ def prune_model(model: nn.Module, inputs: Any, graph: AxisGraph, record: dict[st
 
     dense = Dense(model, inputs)
     started = time.perf_counter()
-    decided = plan(model, keep_ratio=KEEP, graph=graph)
+    decided = plan(model, keep_ratio=KEEP, graph=graph, limits=Limits(kinds=KINDS))
     done = apply_plan(model, decided, graph)
     record["prune_s"] = round(time.perf_counter() - started, 2)
     record["pruned"] = record["verified"] = True

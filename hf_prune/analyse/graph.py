@@ -94,16 +94,20 @@ class OneOf:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A factor that code computes from widths and that must stay what it was.
+class DueNumber:
+    """What a call of the code must be given.
 
     Attributes:
-        value: In the dense model.
-        widths: Axes of the module that may go into it.
+        value: The expression of a size, or a scale of the dense model.
+        widths: Axes whose cut makes the code compute something else.
     """
 
-    value: float
+    value: Expr | float
     widths: frozenset[Axis]
+
+    def after(self, sizes: dict[Axis, int]) -> int | float:
+        """Return the number when axes have the given sizes."""
+        return size_after(self.value, sizes) if isinstance(self.value, Expr) else self.value
 
 
 @dataclass
@@ -112,13 +116,12 @@ class Held:
 
     Attributes:
         attributes: Module path -> attribute -> what it holds: a `OneOf`, or a tuple or list of numbers and `OneOf`.
-        calls: Module path -> number of the watched call in its forward -> position of the number -> the expression of a
-            size, or a `Scale`.
+        calls: Module path -> number of the watched call in its forward -> position of the number -> what it must be.
         complete: Whether every cut there can be was tried, at other sizes.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    calls: dict[str, dict[int, dict[int, "Expr | Scale"]]] = field(default_factory=dict)
+    calls: dict[str, dict[int, dict[int, DueNumber]]] = field(default_factory=dict)
     complete: bool = False
 
     def copy(self) -> "Held":

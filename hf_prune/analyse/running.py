@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_prune.analyse.caches import forget
 
-EMPTY = {dict, OrderedDict, set, list}
+CONTAINERS = {dict, OrderedDict, set, list}
 
 
 class ModuleStack:
@@ -57,7 +57,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         )
     # Most of a module are tables of hooks with nothing in them, which are slow to copy one by one.
     for module in model.modules():
-        memo.update((id(value), type(value)()) for value in vars(module).values() if type(value) in EMPTY and not value)
+        memo.update(
+            (id(value), type(value)()) for value in vars(module).values() if type(value) in CONTAINERS and not value
+        )
     return copy.deepcopy(model, memo)
 
 
@@ -81,30 +83,42 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def forget_tables(model: nn.Module) -> None:
+    """Change the mode for a moment, at which models throw away what they computed from their weights."""
+    modes = {module: module.training for module in model.modules()}
+    model.train().eval()
+    for module, training in modes.items():
+        module.training = training
+
+
 @contextmanager
 def quiet_run(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no memories, no fused encoder layers that would hide what happens inside.
 
-    Afterwards modules have the attributes and buffers they had: a mode, a table made for the size of these inputs.
+    Afterwards modules have the attributes they had, and in lists and dictionaries what was in them: a mode, a table
+    made for the size of these inputs.
     """
     modes = {module: module.training for module in model.modules()}
+    forget_tables(model)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     forget(model)
-    # Only now: a change of mode makes some models forget tables that they made before.
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modes]
+    stores = [
+        store for module in modes for store in (vars(module), *vars(module).values()) if type(store) in CONTAINERS
+    ]
+    before = [(store, copy.copy(store)) for store in stores]
     try:
         # Which attention kernel torch takes depends on sizes; this one is made of operations that have rules.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, attributes, buffers in before:
-            for store, values in ((vars(module), attributes), (module._buffers, buffers)):
-                store.clear()
-                store.update(values)
-            module.training = modes[module]
+        for store, content in before:
+            store.clear()
+            (store.extend if isinstance(store, list) else store.update)(content)
+        for module, training in modes.items():
+            module.training = training
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

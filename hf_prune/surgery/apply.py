@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.analyse.axes import Axis, Expr, kept_indices
 from hf_prune.analyse.graph import AxisGraph
-from hf_prune.analyse.running import named_tensors
+from hf_prune.analyse.running import forget_tables, named_tensors
 from hf_prune.errors import SurgeryError
 from hf_prune.surgery.calls import corrections, install, reinstall
 from hf_prune.surgery.repair import Repairs, set_attributes
@@ -90,6 +90,7 @@ def cut(model: nn.Module, graph: AxisGraph, kept: Kept, repairs: Repairs) -> Ite
     try:
         set_attributes(modules, repairs.attributes)
         install(model, repairs.calls)
+        forget_tables(model)
         require_shapes(model, graph, kept)
         yield
     except Exception as err:

@@ -6,14 +6,14 @@ expected); the attribute of that module that holds the number is set, and the re
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_prune.analyse.axes import Expr, leaves, resolve, size_after, size_of
-from hf_prune.analyse.graph import Held, OneOf, Scale
+from hf_prune.analyse.axes import Axis, Expr, leaves, resolve, size_after, size_of
+from hf_prune.analyse.graph import DueNumber, Held, OneOf
 from hf_prune.analyse.trace import Recording, Step
 from hf_prune.surgery.calls import Calls, install
 from hf_prune.surgery.replay import (
@@ -65,7 +65,10 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, he
         if guess and guess.brought_nothing(mismatch):
             guess.take_back(modules, held, done)
             wrong_guesses |= guess.names
-        attributes = attributes_behind(modules, recording, mismatch, sizes, held, wrong_guesses)
+            mismatch = guess.mismatch
+        # A scale stays what it was, whatever attribute it is computed from.
+        searched = mismatch.scale is None
+        attributes = attributes_behind(modules, recording, mismatch, sizes, held, wrong_guesses) if searched else {}
         guess = Guess(modules, attributes, mismatch) if attributes else None
         if attributes:
             for path, values in attributes.items():
@@ -116,22 +119,16 @@ def apply_held(model: nn.Module, recording: Recording, held: Held, sizes: Sizes,
             set_attributes(modules, {path: changed})
             done.attributes.setdefault(path, {}).update(changed)
     for path, calls in held.calls.items():
-        right = {call: numbers_after(row, recording.calls[path], sizes) for call, row in calls.items()}
+        right = {call: numbers_after(row, sizes) for call, row in calls.items()}
         if any(right.values()):
             done.calls[path] = {call: row for call, row in right.items() if row}
     install(model, done.calls)
 
 
-def numbers_after(
-    row: Mapping[int, Expr | Scale], calls: Sequence[Sequence[Expr | float]], sizes: Sizes
-) -> dict[int, int | float]:
+def numbers_after(row: Mapping[int, DueNumber], sizes: Sizes) -> dict[int, int | float]:
     """Return what is to be corrected at a call; nothing if the cut does not touch it."""
     cut = cut_axes(sizes)
-    scales = {p: n.value for p, n in row.items() if isinstance(n, Scale) and any(cut & {*leaves(w)} for w in n.widths)}
-    # A size that stays may be computed from one that does not.
-    if all(size_after(dim, sizes) == size_of(dim) for dims in calls for dim in dims if isinstance(dim, Expr)):
-        return scales
-    return scales | {p: size_after(dim, sizes) for p, dim in row.items() if not isinstance(dim, Scale)}
+    return {p: due.after(sizes) for p, due in row.items() if any(cut & {*leaves(width)} for width in due.widths)}
 
 
 def held_value(value: Any, sizes: Sizes) -> Any:
@@ -146,7 +143,7 @@ def held_value(value: Any, sizes: Sizes) -> Any:
 
 def calls_behind(
     modules: dict[str, nn.Module], recording: Recording, mismatch: Mismatch, sizes: Sizes, held: Held
-) -> dict[str, dict[int, dict[int, Expr | Scale]]]:
+) -> dict[str, dict[int, dict[int, DueNumber]]]:
     """Find the first call in the failing module that was given a wrong number, and the same call elsewhere.
 
     Empty if there is none, or it was corrected already.
@@ -154,37 +151,30 @@ def calls_behind(
     path = mismatch.module
     ours = recording.calls.get(path, [])
     for call, (given, recorded) in enumerate(zip(mismatch.given, ours, strict=False)):
-        wrong = wrong_numbers(given, recorded, sizes)
-        if not wrong or set(wrong) <= set(numbers_after(held.calls.get(path, {}).get(call, {}), ours, sizes)):
+        wrong, known = wrong_numbers(given, recorded, sizes), held.calls.get(path, {}).get(call, {})
+        if not wrong or wrong.keys() <= numbers_after(known, sizes).keys():
             continue
-        found: dict[str, dict[int, dict[int, Expr | Scale]]] = {}
+        # What is known and was not corrected goes wrong by other axes than was thought.
+        more = cut_axes(sizes) if wrong.keys() & known.keys() else set()
+        found: dict[str, dict[int, dict[int, DueNumber]]] = {}
         for other, module in modules.items():
             theirs = recording.calls.get(other, [])
             same_code = type(module) is type(modules[path]) and len(theirs) == len(ours)
             if same_code and len(theirs[call]) == len(recorded):
-                found[other] = {
-                    call: {
-                        p: _held_number(
-                            theirs[call][p], recording, other, held.calls.get(other, {}).get(call, {}).get(p)
-                        )
-                        for p in wrong
-                    }
-                }
+                widths = _widths_behind(recording, other, isinstance(recorded[0], float)) | more
+                found[other] = {call: {p: DueNumber(theirs[call][p], frozenset(widths)) for p in wrong}}
         return found
     return {}
 
 
-def _held_number(number: Expr | float, recording: Recording, path: str, known: Expr | Scale | None) -> Expr | Scale:
-    """Return what to note of a number: the expression of a size; of a scale, which widths it may come from.
-
-    Those are the widths at which queries meet keys, or all of the module where there are none or they did not do.
-    """
-    if isinstance(number, Expr):
-        return number
-    here = {leaf for step in recording.steps if step.module == path
-            for dims in [*step.inputs, *step.outputs] for dim in dims for leaf in leaves(dim)}  # fmt: skip
-    widths = set() if known else here & attention_widths(recording)
-    return Scale(number, frozenset(widths or here))
+def _widths_behind(recording: Recording, path: str, scale: bool) -> set[Axis]:
+    """Return the axes from which a module may compute a size, or a scale: where there are, those of attention."""
+    if not scale:
+        sizes = [number for numbers in recording.calls[path] for number in numbers if isinstance(number, Expr)]
+        return {leaf for dim in sizes for leaf in leaves(dim)}
+    steps = [step for step in recording.steps if step.module == path]
+    here = {leaf for step in steps for dims in [*step.inputs, *step.outputs] for dim in dims for leaf in leaves(dim)}
+    return here & attention_widths(recording) or here
 
 
 def attributes_behind(

@@ -21,13 +21,20 @@ class Remembering(nn.Module):
 
     def __init__(self, *, how):
         super().__init__()
-        self.how, self.table = how, None
+        self.how, self.table, self.tables = how, None, {}
         self.body, self.head = nn.Conv2d(3, 12, 3), nn.Linear(12, 5)
         self.empty = nn.Parameter(torch.empty(1, 0, 12))
 
     def forward(self, x):
         if self.how == "in a function":
             table = ramp(x.shape[-1], x.device)
+        elif self.how == "in a dictionary":
+            table = (
+                self.tables[x.device]
+                if x.device in self.tables
+                else torch.arange(x.shape[-1], device=x.device) / x.shape[-1]
+            )
+            self.tables[x.device] = table
         else:
             if self.table is None:
                 made = torch.arange(x.shape[-1], device=x.device) / x.shape[-1]
@@ -41,14 +48,14 @@ class Remembering(nn.Module):
         return self.head(tokens.mean(1))
 
 
-@pytest.mark.parametrize("how", ["in a function", "in an attribute", "in a buffer"])
+@pytest.mark.parametrize("how", ["in a function", "in an attribute", "in a buffer", "in a dictionary"])
 def test_what_is_computed_once_does_not_stand_in_the_way(how):
     ramp.cache_clear()
     model = Remembering(how=how)
     assert analyze(model, IMAGE).axes["body.channels"].size == 12
     prune(model, IMAGE, keep_ratio=0.5)
     assert (model.body.out_channels, model.empty.shape) == (6, (1, 0, 6))
-    assert model.table is None
+    assert (model.table, model.tables) == (None, {})
     assert "table" not in model._buffers
     assert model(torch.ones(2, 3, 8, 8)).isfinite().all()
 
