@@ -107,7 +107,7 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
     stores = [
         store for module in modes for store in (vars(module), *vars(module).values()) if type(store) in CONTAINERS
     ]
-    before = [(store, copy.copy(store)) for store in stores]
+    before = [(store, type(store)(store) if store else ()) for store in stores]
     try:
         # Which attention kernel torch takes depends on sizes; this one is made of operations that have rules.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
