@@ -29,7 +29,12 @@ from torch import Tensor, nn
 
 import hf_prune
 from hf_prune.allocate.allocators import Limits
+from hf_prune.analyse.graph import AxisGraph
+from hf_prune.score.base import Criterion
+from hf_prune.score.fisher import Fisher
 from hf_prune.score.magnitude import Magnitude
+from hf_prune.score.registry import criterion
+from hf_prune.score.taylor import Taylor
 
 RESULTS = Path(__file__).parent / "results" / "one_shot_resnet56.json"
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -47,10 +52,26 @@ PAIRS: dict[str, tuple[Any, Callable[[], Any] | None]] = {
     "fpgm": ("fpgm", lambda: tp.importance.FPGMImportance()),
     "bn_scale": ("bn_scale", lambda: tp.importance.BNScaleImportance()),
     "taylor": ("taylor", lambda: tp.importance.TaylorImportance()),
+    "taylor, elements": (Taylor(form="elements"), lambda: tp.importance.TaylorImportance()),
     "fisher": ("fisher", lambda: tp.importance.HessianImportance()),
+    "fisher, elements": (Fisher(form="elements"), lambda: tp.importance.HessianImportance()),
     "whc": ("whc", None),
     "activation": ("activation", None),
 }
+
+
+class Once(Criterion):
+    """A criterion that scores a model once, for budgets to be compared."""
+
+    needs = "none"
+
+    def __init__(self, inner: Criterion, model: nn.Module, graph: AxisGraph, data: Any) -> None:
+        self.name, self.comparable = inner.name, inner.comparable  # pyright: ignore[reportAttributeAccessIssue]
+        self.scores = inner.score(model, graph, list(graph.axes.values()), data)
+
+    def score(self, model: nn.Module, graph: AxisGraph, axes: Any, data: Any = None) -> dict[str, Tensor]:
+        """Return what was found before."""
+        return {axis.name: self.scores[axis.name] for axis in axes}
 
 
 def load_model(weights: Path) -> nn.Module:
@@ -106,9 +127,9 @@ def accumulate(model: nn.Module, importance: Any, images: Tensor, labels: Tensor
     """Give a criterion there the gradients it looks at, in the way its documentation shows."""
     if isinstance(importance, tp.importance.HessianImportance):
         importance.zero_grad()
-        for loss in F.cross_entropy(model(images), labels, reduction="none"):
+        for image, label in zip(images.split(1), labels.split(1), strict=True):
             model.zero_grad()
-            loss.backward(retain_graph=True)
+            F.cross_entropy(model(image), label).backward()
             importance.accumulate_grad(model)
     elif isinstance(importance, tp.importance.TaylorImportance):
         F.cross_entropy(model(images), labels).backward()
@@ -127,10 +148,13 @@ def main() -> None:
     results: dict[str, Any] = {"num_test_images": len(test[1]), "dense_top1": top1(dense, *test), "rows": []}
     print(f"dense: {results['dense_top1']:.2%} of {len(test[1])} test images")
     graph = hf_prune.analyze(dense, EXAMPLE)
-    for title in PAIRS:
+    batches = list(zip(*(part.split(64) for part in calibration), strict=True))
+    for title, (ours, _) in PAIRS.items():
+        scored = Once(criterion(ours), dense, graph, batches)
         for removed in REMOVED:
             results["rows"].append(
-                {"criterion": title, "removed": removed} | compare(dense, graph, title, removed, test, calibration)
+                {"criterion": title, "removed": removed}
+                | compare(dense, graph, title, scored, removed, test, calibration)
             )
             print(results["rows"][-1], flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -141,13 +165,13 @@ def compare(
     dense: nn.Module,
     graph: Any,
     title: str,
+    scored: Criterion,
     removed: float,
     test: tuple[Tensor, Tensor],
     calibration: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
     """Return accuracy and share of MACs of each way to remove some share of the MACs by one criterion."""
-    ours, there = PAIRS[title]
-    batches = list(zip(*(part.split(64) for part in calibration), strict=True))
+    there = PAIRS[title][1]
     outer = [name for name in graph.axes if not INNER.fullmatch(name)]
     row: dict[str, Any] = {}
     for way, settings in {
@@ -155,7 +179,7 @@ def compare(
         "ours_global": {"allocator": "global_rank"},
     }.items():
         model, budget = copy.deepcopy(dense), hf_prune.Budget(macs=1 - removed)
-        plan = hf_prune.plan(model, graph=graph, criterion=ours, budget=budget, data=batches, **settings)
+        plan = hf_prune.plan(model, graph=graph, criterion=scored, budget=budget, **settings)
         macs = hf_prune.apply_plan(model, plan, graph, verify=False).macs
         row[way] = {"top1": top1(model, *test), "macs": macs[1] / macs[0]}
         if way == "ours" and there is not None:

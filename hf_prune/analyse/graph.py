@@ -117,12 +117,20 @@ class Held:
     Attributes:
         attributes: Module path -> attribute -> what it holds: a `OneOf`, or a tuple or list of numbers and `OneOf`.
         calls: Module path -> number of the watched call in its forward -> position of the number -> what it must be.
-        complete: Whether every cut there can be was tried, at other sizes.
+        complete: Whether a trial cut along all axes was mended to the end.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     calls: dict[str, dict[int, dict[int, DueNumber]]] = field(default_factory=dict)
     complete: bool = False
+
+    def add(self, attributes: dict[str, dict[str, Any]], calls: dict[str, dict[int, dict[int, DueNumber]]]) -> None:
+        """Note more of the same."""
+        for path, values in attributes.items():
+            self.attributes.setdefault(path, {}).update(values)
+        for path, rows in calls.items():
+            for call, row in rows.items():
+                self.calls.setdefault(path, {}).setdefault(call, {}).update(row)
 
     def copy(self) -> "Held":
         """Return a copy that shares the expressions."""

@@ -11,8 +11,9 @@ from hf_prune.analyse.axes import Axis, Expr, kept_indices
 from hf_prune.analyse.graph import AxisGraph
 from hf_prune.analyse.running import forget_tables, named_tensors
 from hf_prune.errors import SurgeryError
+from hf_prune.surgery.attributes import set_attributes
 from hf_prune.surgery.calls import corrections, install, reinstall
-from hf_prune.surgery.repair import Repairs, set_attributes
+from hf_prune.surgery.repair import Repairs
 from hf_prune.surgery.verify import require_shapes
 
 Kept = Mapping[Axis, Tensor]

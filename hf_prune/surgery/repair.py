@@ -4,28 +4,25 @@ The first operation whose shape is not as predicted names the module and the num
 expected); the attribute of that module that holds the number is set, and the replay goes on.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from hf_prune.analyse.axes import Axis, Expr, leaves, resolve, size_after, size_of
-from hf_prune.analyse.graph import DueNumber, Held, OneOf
-from hf_prune.analyse.trace import Recording, Step
-from hf_prune.surgery.calls import Calls, install
-from hf_prune.surgery.replay import (
-    Mismatch,
-    Sizes,
-    attention_widths,
-    cut_axes,
-    first_mismatch,
-    wrong_numbers,
+from hf_prune.analyse.axes import Axis, Expr, leaves
+from hf_prune.analyse.graph import DueNumber, Held
+from hf_prune.analyse.trace import Recording
+from hf_prune.surgery.attributes import (
+    Attributes,
+    attributes_behind,
+    groups_after,
+    held_value,
+    set_attributes,
+    set_known_layers,
 )
-
-Attributes = dict[str, dict[str, Any]]
+from hf_prune.surgery.calls import Calls, install
+from hf_prune.surgery.replay import Mismatch, Sizes, attention_widths, cut_axes, first_mismatch, wrong_numbers
 
 
 @dataclass
@@ -66,19 +63,18 @@ def repair(model: nn.Module, recording: Recording, sizes: Sizes, inputs: Any, he
             guess.take_back(modules, held, done)
             wrong_guesses |= guess.names
             mismatch = guess.mismatch
-        # A scale stays what it was, whatever attribute it is computed from.
-        searched = mismatch.scale is None
-        attributes = attributes_behind(modules, recording, mismatch, sizes, held, wrong_guesses) if searched else {}
-        guess = Guess(modules, attributes, mismatch) if attributes else None
-        if attributes:
-            for path, values in attributes.items():
-                held.attributes.setdefault(path, {}).update(values)
-        elif found := calls_behind(modules, recording, mismatch, sizes, held):
-            for path, calls in found.items():
-                for call, row in calls.items():
-                    held.calls.setdefault(path, {}).setdefault(call, {}).update(row)
-        else:
+        attributes: Attributes = {}
+        # After the trial cut what is still unknown is rather a number at a call than one more attribute.
+        calls = calls_behind(modules, recording, mismatch, sizes, held) if held.complete else {}
+        # And a scale stays what it was, whatever attribute it is computed from.
+        if not calls and mismatch.scale is None:
+            attributes = attributes_behind(modules, recording, mismatch, sizes, held, wrong_guesses)
+        if not calls and not attributes:
+            calls = calls_behind(modules, recording, mismatch, sizes, held)
+        if not calls and not attributes:
             raise mismatch
+        guess = Guess(modules, attributes, mismatch) if attributes else None
+        held.add(attributes, calls)
         apply_held(model, recording, held, sizes, done)
     return done
 
@@ -93,11 +89,8 @@ class Guess:
 
     def brought_nothing(self, mismatch: Mismatch) -> bool:
         """Tell whether the replay fails as before, or earlier."""
-        before = self.mismatch
-        return mismatch.progress < before.progress or (mismatch.progress, str(mismatch)) == (
-            before.progress,
-            str(before),
-        )
+        same = str(mismatch) == str(self.mismatch) and mismatch.progress == self.mismatch.progress
+        return same or mismatch.progress < self.mismatch.progress
 
     def take_back(self, modules: Mapping[str, nn.Module], held: Held, done: Repairs) -> None:
         """Give attributes the values they had."""
@@ -129,16 +122,6 @@ def numbers_after(row: Mapping[int, DueNumber], sizes: Sizes) -> dict[int, int |
     """Return what is to be corrected at a call; nothing if the cut does not touch it."""
     cut = cut_axes(sizes)
     return {p: due.after(sizes) for p, due in row.items() if any(cut & {*leaves(width)} for width in due.widths)}
-
-
-def held_value(value: Any, sizes: Sizes) -> Any:
-    """Return what an attribute must hold, or None if what is known of it does not tell."""
-    if isinstance(value, OneOf):
-        return value.after(sizes)
-    if isinstance(value, int):
-        return value
-    parts = [held_value(part, sizes) for part in value]
-    return None if None in parts else type(value)(parts)
 
 
 def calls_behind(
@@ -175,127 +158,3 @@ def _widths_behind(recording: Recording, path: str, scale: bool) -> set[Axis]:
     steps = [step for step in recording.steps if step.module == path]
     here = {leaf for step in steps for dims in [*step.inputs, *step.outputs] for dim in dims for leaf in leaves(dim)}
     return here & attention_widths(recording) or here
-
-
-def attributes_behind(
-    modules: dict[str, nn.Module],
-    recording: Recording,
-    mismatch: Mismatch,
-    sizes: Sizes,
-    held: Held,
-    wrong_guesses: Collection[tuple[str, str]],
-) -> Attributes:
-    """Find the attributes that hold a number which should have changed, in the failing module and those of its kind.
-
-    Attributes that are explained already are left out: the search ends at the latest when all are. Once all is known
-    that the code holds on to, only those are looked at which hold one of several widths.
-    """
-    explained: dict[str, set[str]] = defaultdict(set)
-    for other, values in held.attributes.items():
-        explained[other] = {name for name, value in values.items() if held_value(value, sizes) is not None}
-    for other, name in wrong_guesses:
-        explained[other].add(name)
-    if held.complete:
-        for other, module in modules.items():
-            explained[other] |= vars(module).keys() - held.attributes.get(other, {}).keys()
-    wrong, path = changed_numbers(mismatch.steps, sizes), mismatch.module
-    while not (values := _matching(modules[path], wrong, explained.get(path, set()))):
-        if not path:
-            return {}
-        path = path.rpartition(".")[0]
-    found: dict[str, dict[str, Any]] = {path: values}
-    for other, module in modules.items():
-        if other != path and type(module) is type(modules[path]):
-            steps = same_steps(recording, mismatch, mismatch.module.removeprefix(path), other)
-            there = _matching(module, changed_numbers(steps, sizes), explained.get(other, set()))
-            same = {name: value for name, value in there.items() if name in values}
-            if same:
-                found[other] = same
-    return found
-
-
-def same_steps(recording: Recording, mismatch: Mismatch, inner: str, other: str) -> list[Step]:
-    """Return what another module of a kind does where this one failed; nothing if its code took another way."""
-    ours = [step for step in recording.steps if step.module == mismatch.module]
-    theirs = [step for step in recording.steps if step.module == other + inner]
-    if [step.name for step in ours] != [step.name for step in theirs]:
-        return []
-    return [step for step, failed in zip(theirs, ours, strict=True) if any(failed is due for due in mismatch.steps)]
-
-
-def changed_numbers(steps: list[Step], sizes: Sizes) -> dict[int, OneOf]:
-    """Return size before -> dimension for those that change at steps; a number that changes in two ways is left out."""
-    found: dict[int, dict[int, list[Expr]]] = defaultdict(lambda: defaultdict(list))
-    for part in (p for step in steps for dims in [*step.outputs, *step.inputs] for dim in dims for p in parts_of(dim)):
-        before, after = size_of(part), size_after(part, sizes)
-        if before != after and part not in found[before][after]:
-            found[before][after].append(part)
-    return {before: OneOf(tuple(*by_after.values())) for before, by_after in found.items() if len(by_after) == 1}
-
-
-def parts_of(expr: Expr) -> list[Expr]:
-    """Return a dimension and everything it is made of."""
-    expr = resolve(expr)
-    children = getattr(expr, "factors", None) or getattr(expr, "parts", None) or ()
-    return [expr, *(part for child in children for part in parts_of(child))]
-
-
-# Numbers that describe images and windows are equal to a width by accident only.
-NOT_A_WIDTH = re.compile(r"image|img|patch|kernel|stride|window|shift|grid|padding|dilation|resolution")
-
-
-def _matching(module: nn.Module, numbers: dict[int, OneOf], explained: set[str]) -> dict[str, Any]:
-    """Return the attributes that hold one of the numbers, with what they mean."""
-    values: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name.startswith("_") or name == "training" or name in explained or NOT_A_WIDTH.search(name):
-            continue
-        if type(value) is int and value in numbers:
-            values[name] = numbers[value]
-        elif isinstance(value, tuple | list) and all(type(part) is int for part in value) and numbers.keys() & {*value}:
-            values[name] = type(value)([numbers.get(part, part) for part in value])
-    return values
-
-
-def groups_after(recording: Recording, sizes: Sizes) -> dict[str, int]:
-    """Return how many groups every plain convolution has after the cut, by the path of its module."""
-    return {
-        step.module: size_after(step.inputs[0][1], sizes) // size_after(step.inputs[1][1], sizes)
-        for step in recording.steps
-        if step.name == "aten::convolution"
-    }
-
-
-def set_known_layers(model: nn.Module, groups: dict[str, int]) -> Attributes:
-    """Set the sizes that torch's own layers keep, from the tensors they hold now."""
-    done: Attributes = {}
-    for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor):
-            continue
-        wanted: dict[str, Any] = {}
-        if isinstance(module, nn.Linear):
-            wanted = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-        elif isinstance(module, nn.LayerNorm):
-            wanted = {"normalized_shape": tuple(weight.shape)}
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            wanted = {"num_features": weight.shape[0]}
-        elif isinstance(module, nn.GroupNorm):
-            wanted = {"num_channels": weight.shape[0]}
-        elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-            number = groups.get(path, module.groups)
-            wanted = {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * number, "groups": number}
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            wanted = {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
-        changed = {name: value for name, value in wanted.items() if getattr(module, name) != value}
-        if changed:
-            done[path] = changed
-    set_attributes(dict(model.named_modules()), done)
-    return done
-
-
-def set_attributes(modules: Mapping[str, nn.Module], attributes: Attributes) -> None:
-    """Set attributes of modules given by their paths."""
-    for path, values in attributes.items():
-        for name, value in values.items():
-            setattr(modules[path], name, value)

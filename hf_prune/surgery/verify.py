@@ -60,11 +60,13 @@ def in_double(model: nn.Module) -> Iterator[None]:
 def silenced(model: nn.Module, graph: AxisGraph, kept: Mapping[Axis, Tensor]) -> Any:
     """Silence the units that will go, in the dense model: nothing writes them and nothing reads them.
 
+    Where queries meet keys nothing reads them all, so nothing carries them either: a norm's bias would speak for them.
+
     One module at a time has a second copy of its weights, while it runs.
     """
     tensors, handles = named_tensors(model), []
     # By identity: a shared weight has several names.
-    masks = {id(tensors[name]): rows for name, rows in _masks(graph, kept).items()}
+    masks = {id(tensors[name]): rows for name, rows in _masks(graph, kept, tensors).items()}
     for module in model.modules():
         own = {name: masks[id(tensor)] for name, tensor in [*module._parameters.items(), *module._buffers.items()]
                if id(tensor) in masks}  # fmt: skip
@@ -81,8 +83,10 @@ def silenced(model: nn.Module, graph: AxisGraph, kept: Mapping[Axis, Tensor]) ->
             handle.remove()
 
 
-def _masks(graph: AxisGraph, kept: Mapping[Axis, Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
-    """Return for each writer and reader the indices to set to zero, dimension by dimension."""
+def _masks(
+    graph: AxisGraph, kept: Mapping[Axis, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, list[tuple[int, Tensor]]]:
+    """Return for each tensor to be silenced the indices to set to zero, dimension by dimension."""
     masks: dict[str, list[tuple[int, Tensor]]] = {}
     for axis in graph.axes.values():
         if axis.leaf not in kept:
@@ -90,7 +94,8 @@ def _masks(graph: AxisGraph, kept: Mapping[Axis, Tensor]) -> dict[str, list[tupl
         gone = torch.ones(axis.size + 1, dtype=torch.bool)
         gone[kept[axis.leaf]] = False
         gone[-1] = False
-        for s in axis.writers + axis.readers:
+        parameters = [s for s in axis.carriers if isinstance(tensors[s.name], nn.Parameter)]
+        for s in [*axis.writers, *axis.readers, *([] if axis.can_gate else parameters)]:
             masks.setdefault(s.name, []).append((s.dim, gone[s.units].nonzero().squeeze(1)))
     return masks
 
