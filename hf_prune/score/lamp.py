@@ -20,7 +20,7 @@ class Lamp(Criterion):
     normaliser on top would undo it. Among units of equal magnitude those further back score higher.
 
     Source: Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, there for single
-    weights; for groups of weights as in Torch-Pruning, here on `Magnitude` (relative L2 norms over all layers).
+    weights; for groups of weights as in Torch-Pruning, here on `Magnitude` (squares over all layers).
     """
 
     name = "lamp"
@@ -32,7 +32,7 @@ class Lamp(Criterion):
     ) -> dict[str, Tensor]:
         """Return shares from 0 to 1; see `Criterion.score`."""
         magnitudes = Magnitude(p=2).score(model, graph, axes)
-        return finished(self, {name: lamp(values.square()) for name, values in magnitudes.items()})
+        return finished(self, {name: lamp(values) for name, values in magnitudes.items()})
 
 
 def lamp(squares: Tensor) -> Tensor:

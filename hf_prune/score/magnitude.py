@@ -14,17 +14,17 @@ from hf_prune.score.base import Criterion, finished, layer_rows, relative
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Criterion):
-    """Mean over all layers on an axis of the norm of a unit's weights, each layer's norms divided by their mean.
+    """Sum over the weights of all layers on an axis of their absolute values to the power `p`, for every unit.
 
-    Every layer has the same say, whatever its scale; weight and bias of one are one row. So scores have mean 1 on
-    every axis, which makes them comparable as far as magnitudes can be.
+    Biases are left out: a large one, such as the shift of a BatchNorm, may well switch a unit off. Scores are divided
+    by their mean over the axis, for layers of different width and scale could not be compared otherwise.
 
     Source: L1 of filters, Li et al., Pruning Filters for Efficient ConvNets, 2017 (`p=1, writers_only=True` is theirs,
-    but for the division, which does not change the order on an axis of one layer); all coupled layers together, Fang
-    et al., DepGraph, CVPR 2023, from which we differ by norms instead of their squares and by dividing layer by layer.
+    but for the division, which does not change the order); all coupled layers together, Fang et al., DepGraph, CVPR
+    2023.
 
     Attributes:
-        p: Of the norm: 1 or 2.
+        p: Power, 1 or 2.
         writers_only: Look at the layers that produce a unit only; all layers where there is none.
 
     Raises:
@@ -49,10 +49,9 @@ class Magnitude(Criterion):
         return finished(self, {axis.name: self._score(model, axis) for axis in axes})
 
     def _score(self, model: nn.Module, axis: AxisInfo) -> Tensor:
-        roles = [axis.writers] if self.writers_only and axis.writers else [axis.writers, axis.readers, axis.carriers]
-        norms = [relative(self._norms(rows)).cpu() for role in roles for rows in layer_rows(model, role, axis.size)]
-        return torch.stack(norms).mean(0) if norms else torch.zeros(axis.size)
-
-    def _norms(self, rows: Tensor) -> Tensor:
-        # Torch's own norm is ten times slower on the columns of a matrix, which is what readers are.
-        return rows.abs().sum(1) if self.p == 1 else rows.square().sum(1).sqrt()
+        members = axis.writers if self.writers_only and axis.writers else axis.slices
+        weights = [member for member in members if not member.name.endswith("bias")] or members
+        total = torch.zeros(axis.size)
+        for rows in layer_rows(model, weights, axis.size):
+            total += (rows.abs() if self.p == 1 else rows.square()).sum(1).cpu()
+        return relative(total)
