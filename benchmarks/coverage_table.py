@@ -24,7 +24,7 @@ verified, runs forward and backward, returns outputs of the dense shapes, and ha
 
 Torch-Pruning runs in the same benchmark on the same weights at the same ratio. It is told the output layers and the
 numbers of heads, and the integers of attention layers are corrected afterwards. It has no verification of its own, so
-what runs is taken as right.
+what runs is taken as right. Processes are stopped after the time that the table of misses names.
 """
 
 
