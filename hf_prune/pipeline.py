@@ -17,6 +17,7 @@ from hf_prune.errors import BudgetError, PlanError, SurgeryError
 from hf_prune.score.base import Criterion, relative
 from hf_prune.score.registry import criterion as criterion_named
 from hf_prune.surgery.apply import Kept, cut
+from hf_prune.surgery.depth import branches_removed
 from hf_prune.surgery.probe import freeze_what_cannot_be_repaired, rehearse
 from hf_prune.surgery.repair import Repairs
 from hf_prune.surgery.replay import Mismatch
@@ -85,6 +86,7 @@ def plan(
     keep_ratio: float | None = None,
     criterion: str | Criterion = "magnitude",
     allocator: str | Allocator = "isomorphic",
+    kinds: Sequence[str] | None = None,
     limits: Limits | None = None,
     data: Iterable[Any] | None = None,
     graph: AxisGraph | None = None,
@@ -98,6 +100,7 @@ def plan(
         keep_ratio: Share of every axis to keep, instead of a budget and an allocator.
         criterion: How units are scored, by name or instance; see `hf_prune.score.registry`.
         allocator: How the budget is shared out: uniform, global_rank, isomorphic, or a function.
+        kinds: Kinds of axes that may be pruned, instead of those of `limits`.
         limits: Kinds, protected axes, rounding, minimum sizes.
         data: Batches, for criteria that look at data.
         graph: The analysis, if it was made before.
@@ -108,6 +111,7 @@ def plan(
         CriterionError: If the criterion is unknown or lacks data.
     """
     graph, limits = graph or analyze(model, example_inputs), limits or Limits()
+    limits = limits if kinds is None else replace(limits, kinds=tuple(kinds))
     axes: Sequence = limits.choose(list(graph.axes.values()))
     if not axes:
         raise PlanError(f"there is nothing to prune: none of the {len(graph.axes)} free axes is allowed by the limits")
@@ -138,6 +142,9 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
     kept = decided.on(graph)
     if not kept:
         raise PlanError("the plan removes nothing: every axis keeps all its units")
+    empty = {axis: index for axis, index in kept.items() if not len(index)}
+    if empty:
+        return _cut_depth_first(model, decided, graph, empty, verify=verify)
     try:
         repairs = rehearse(graph, kept, graph.held.copy())
     except Mismatch as err:
@@ -156,6 +163,26 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
         (cost.macs({}), cost.macs(sizes)),
         difference,
         not_exact,
+    )
+
+
+def _cut_depth_first(model: nn.Module, decided: Plan, graph: AxisGraph, empty: Kept, *, verify: bool) -> PruneRecord:
+    """Remove branches; what is left is a model like any other, and the rest of the plan cuts that."""
+    kept = {name: units for name, units in decided.kept.items() if units}
+    rest = Plan(kept, {name: decided.sizes[name] for name in kept})
+    with branches_removed(model, graph, empty) as difference:
+        smaller = analyze(model, graph.inputs)
+        cost = Cost.of(smaller)
+        done = PruneRecord(decided, Repairs(), (0, cost.params({})), (0, cost.macs({})), difference, [])
+        if kept:
+            done = apply_plan(model, rest, smaller, verify=verify)
+    dense, differences = Cost.of(graph), (difference, done.difference)
+    return replace(
+        done,
+        plan=decided,
+        params=(dense.params({}), done.params[1]),
+        macs=(dense.macs({}), done.macs[1]),
+        difference=None if None in differences else max(difference, done.difference or 0.0),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ class Plan:
     """Kept units of every axis that loses some.
 
     Attributes:
-        kept: Axis name -> kept units, ascending.
+        kept: Axis name -> kept units, ascending; none removes the branch that the axis lies on.
         sizes: Axis name -> its size before, so that a plan of another model is recognised.
     """
 
@@ -34,8 +35,6 @@ class Plan:
             raise PlanError("`kept` and `sizes` of a plan must name the same axes")
         for name, kept in self.kept.items():
             size = self.sizes[name]
-            if not kept:
-                raise PlanError(f"axis '{name}' must keep one unit or more, got none")
             if any(type(unit) is not int or not 0 <= unit < size for unit in kept):
                 raise PlanError(f"units of axis '{name}' must be integers from 0 to {size - 1}, got {kept}")
             if any(low >= high for low, high in pairwise(kept)):
@@ -46,7 +45,7 @@ class Plan:
         """Make a plan for a model from kept units; axes that keep everything are left out.
 
         Raises:
-            PlanError: If there is no such free axis, or units are out of range or none.
+            PlanError: If there is no such free axis, or units are out of range.
         """
         for name in kept:
             if name not in graph.axes:
@@ -54,6 +53,25 @@ class Plan:
         chosen = {name: tuple(sorted({int(unit) for unit in units})) for name, units in kept.items()}
         changed = {name: units for name, units in chosen.items() if len(units) != graph.axes[name].size}
         return cls(changed, {name: graph.axes[name].size for name in changed})
+
+    @classmethod
+    def removing(cls, graph: "AxisGraph", *modules: str) -> "Plan":
+        """Make a plan that removes whole modules: `blocks.3` (a block), `blocks.5.mlp` (a branch), `blocks.*.mlp`.
+
+        All axes of heads, neurons and channels that lie inside them lose all their units.
+
+        Raises:
+            PlanError: If no such axis lies in one of the modules.
+        """
+        gone: dict[str, tuple[int, ...]] = {}
+        for module in modules:
+            inside = [name for name, axis in graph.axes.items()
+                      if axis.kind in ("heads", "mlp", "channels") and fnmatchcase(name, f"{module}.*")]  # fmt: skip
+            if not inside:
+                raise PlanError(f"there is nothing to remove in '{module}': no free axis lies inside" + did_you_mean(
+                    module, {name.rpartition(".")[0] for name in graph.axes}, most=3))  # fmt: skip
+            gone |= dict.fromkeys(inside, ())
+        return cls.of(graph, gone)
 
     def check(self, graph: "AxisGraph") -> None:
         """Check that the plan fits a model.
@@ -73,7 +91,7 @@ class Plan:
     def on(self, graph: "AxisGraph") -> "dict[Axis, Tensor]":
         """Return the kept units by axis of a trace."""
         self.check(graph)
-        return {graph.axes[name].leaf: torch.tensor(units) for name, units in self.kept.items()}
+        return {graph.axes[name].leaf: torch.tensor(units, dtype=torch.long) for name, units in self.kept.items()}
 
     def then(self, second: "Plan") -> "Plan":
         """Return the plan that does at once what this one and then `second`, of the pruned model, do.

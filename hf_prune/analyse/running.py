@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hf_prune.analyse.caches import forget
 
 CONTAINERS = {dict, OrderedDict, set, list}
+ATOMS = {int, float, bool, str, type(None)}
 
 
 class ModuleStack:
@@ -55,12 +56,22 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = (
             nn.Parameter(stand_in, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
         )
-    # Most of a module are tables of hooks with nothing in them, which are slow to copy one by one.
-    for module in model.modules():
-        memo.update(
-            (id(value), type(value)()) for value in vars(module).values() if type(value) in CONTAINERS and not value
-        )
+    # What `copy.deepcopy` does, but without a look at every number and word, of which modules mostly consist.
+    alike = [module for module in model.modules() if not hasattr(module, "__deepcopy__") and id(module) not in memo]
+    for module in alike:
+        memo[id(module)] = type(module).__new__(type(module))
+    for module in alike:
+        vars(memo[id(module)]).update((name, _copied(value, memo)) for name, value in vars(module).items())
     return copy.deepcopy(model, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy; the many tables of hooks with nothing in them get one of their own at once."""
+    if type(value) in ATOMS:
+        return value
+    if type(value) in CONTAINERS and not value:
+        return memo.setdefault(id(value), type(value)())
+    return copy.deepcopy(value, memo)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -87,8 +98,13 @@ def forget_tables(model: nn.Module) -> None:
     """Change the mode for a moment, at which models throw away what they computed from their weights."""
     modes = {module: module.training for module in model.modules()}
     model.train().eval()
+    _set_modes(modes)
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    # Past `nn.Module.__setattr__`, which looks for tensors first.
     for module, training in modes.items():
-        module.training = training
+        vars(module)["training"] = training
 
 
 @contextmanager
@@ -117,8 +133,7 @@ def quiet_run(model: nn.Module) -> Iterator[None]:
         for store, content in before:
             store.clear()
             (store.extend if isinstance(store, list) else store.update)(content)
-        for module, training in modes.items():
-            module.training = training
+        _set_modes(modes)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

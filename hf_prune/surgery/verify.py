@@ -18,11 +18,11 @@ class DifferenceError(SurgeryError):
     """The cut model runs, but not as it must."""
 
 
-def probe_inputs(graph: AxisGraph, model: nn.Module) -> Any:
+def probe_inputs(graph: AxisGraph, model: nn.Module, seed: int = 0) -> Any:
     """Return the example inputs with noise instead of blank images, on the model's device and as precise as it is."""
     first = next(tensor for tensor in named_tensors(model).values() if tensor.is_floating_point())
     device, precise = first.device, first.dtype is torch.float64
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def fill(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():

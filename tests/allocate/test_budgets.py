@@ -78,6 +78,9 @@ def test_limits_hold(vit):
     limits = Limits(kinds=("mlp", "heads"), protect=("blocks.0.*",), round_to=32, min_keep_ratio=0.5)
     plan = hf_prune.plan(model, graph=graph, budget=Budget(params=0.8), limits=limits)
     assert all(not name.startswith("blocks.0") and name != "embed" for name in plan.kept)
+    assert {
+        graph.axes[name].kind for name in hf_prune.plan(model, graph=graph, keep_ratio=0.5, kinds=["mlp"]).kept
+    } == {"mlp"}
     for name, units in plan.kept.items():
         assert len(units) >= graph.axes[name].size // 2
         assert graph.axes[name].kind == "heads" or len(units) % 32 == 0

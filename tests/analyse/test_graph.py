@@ -112,9 +112,16 @@ def test_inputs_may_be_tensors_tuples_or_keywords():
         assert list(analyze(model, inputs).axes) == expected
 
 
+def quantised():
+    model = nn.Linear(4, 2)
+    model.weight = nn.Parameter(torch.ones(2, 4, dtype=torch.int8), requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "message"),
     [
+        (quantised(), torch.zeros(1, 4), "quantise afterwards"),
         (nn.Linear(4, 2), torch.zeros(1, 5), "must run on `example_inputs`"),
         (nn.Linear(4, 2), None, "`example_inputs` must be given"),
         (nn.ReLU(), torch.zeros(1, 5), "has no parameters"),
