@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--num_images", type=int, default=10_000, help="of the test set")
+    parser.add_argument("--only", choices=PAIRS, help="measure one criterion again, and keep the rows of the others")
     arguments = parser.parse_args()
     dense = load_model(arguments.weights)
     test = load_images(arguments.data, "test", arguments.num_images)
@@ -149,7 +150,13 @@ def main() -> None:
     print(f"dense: {results['dense_top1']:.2%} of {len(test[1])} test images")
     graph = hf_prune.analyze(dense, EXAMPLE)
     batches = list(zip(*(part.split(64) for part in calibration), strict=True))
+    if arguments.only:
+        kept = json.loads(RESULTS.read_text(encoding="utf-8"))
+        assert kept["num_test_images"] == len(test[1]), "the rows of the others are of another number of images"
+        results["rows"] = [row for row in kept["rows"] if row["criterion"] != arguments.only]
     for title, (ours, _) in PAIRS.items():
+        if arguments.only not in (None, title):
+            continue
         scored = Once(criterion(ours), dense, graph, batches)
         for removed in REMOVED:
             results["rows"].append(

@@ -123,8 +123,8 @@ def test_criterion_says_what_it_needs(rule, convnet):
 
 
 # Random looks at nothing; activations are what arrives at readers, whatever they make of it, and BatchNorm scale is
-# of norms only; magnitudes are of weights; FPGM and WHC are of the layers that write and read.
-MEMBERS = {"magnitude": "weights", "lamp": "weights", "fpgm": "all", "whc": "all", "taylor": "all", "fisher": "all",
+# of norms only; magnitudes are of weights, FPGM of those with more than a scale, WHC of all layers.
+MEMBERS = {"magnitude": "weights", "lamp": "weights", "fpgm": "layers", "whc": "all", "taylor": "all", "fisher": "all",
            "activation": "writers carriers", "bn_scale": "scales"}  # fmt: skip
 
 
@@ -138,6 +138,8 @@ def test_score_changes_when_any_member_changes(name, convnet):
             members = [m for m in axis.carriers if m.name.endswith("weight")]
         if MEMBERS[name] == "weights":
             members = [m for m in axis.slices if m.name.endswith("weight")]
+        if MEMBERS[name] == "layers":
+            members = [m for m in axis.writers + axis.readers if m.name.endswith("weight")]
         for member in members:
             if member.name not in parameters:
                 continue
