@@ -209,7 +209,7 @@ def build_graph(model: nn.Module, recording: Recording, empty: nn.Module, inputs
             uses[leaf].add(use)
     params = dict(model.named_parameters())
     graph = AxisGraph({}, {}, recording, empty, inputs, {name: tuple(t.shape) for name, t in tensors.items()})
-    partners = _partners(recording)
+    partners, passing = _partners(recording), _unsaved_buffers(model)
     for leaf, slices in found.items():
         roles = {(s.name, s.dim): recording.roles.get((s.name, s.dim), set()) for s in slices}
         writers = tuple(s for s in slices if "writer" in roles[s.name, s.dim])
@@ -218,6 +218,8 @@ def build_graph(model: nn.Module, recording: Recording, empty: nn.Module, inputs
         kind = _kind(uses[leaf], partners[leaf], uses, writers, readers, carriers, tensors)
         if leaf.reason is None and not (writers or readers):
             leaf.reason = "no layer writes or reads it"
+        if leaf.reason is None and not any(s.name in params for s in writers) and passing & {s.name for s in slices}:
+            leaf.reason = "it comes from a table that the model computes for itself"
         last = OF_REASON.get(leaf.reason or "", LAST_WORD[kind])
         name = _unused(_name(kind, last, slices if leaf.reason else writers or readers or carriers), graph)
         graph.names[leaf] = name
@@ -239,6 +241,15 @@ def build_graph(model: nn.Module, recording: Recording, empty: nn.Module, inputs
             bool(readers) and "attention width" not in uses[leaf],
         )
     return graph
+
+
+def _unsaved_buffers(model: nn.Module) -> set[str]:
+    """Return the names of buffers that are not part of a checkpoint."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def _partners(recording: Recording) -> dict[Axis, set[Axis]]:

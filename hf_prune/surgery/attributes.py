@@ -86,7 +86,9 @@ def parts_of(expr: Expr) -> list[Expr]:
 
 
 # Numbers that describe images and windows are equal to a width by accident only.
-NOT_A_WIDTH = re.compile(r"image|img|patch|kernel|stride|window|shift|grid|padding|dilation|resolution")
+NOT_A_WIDTH = re.compile(
+    r"image|img|patch|kernel|stride|window|shift|grid|padding|dilation|resolution|points|indices|idx"
+)
 
 
 def _matching(module: nn.Module, numbers: dict[int, OneOf], explained: set[str]) -> dict[str, Any]:
@@ -97,9 +99,14 @@ def _matching(module: nn.Module, numbers: dict[int, OneOf], explained: set[str])
             continue
         if type(value) is int and value in numbers:
             values[name] = numbers[value]
-        elif isinstance(value, tuple | list) and all(type(part) is int for part in value) and numbers.keys() & {*value}:
+        elif isinstance(value, tuple | list) and _are_sizes(value) and numbers.keys() & {*value}:
             values[name] = type(value)([numbers.get(part, part) for part in value])
     return values
+
+
+def _are_sizes(value: Collection[Any]) -> bool:
+    """Tell whether an attribute is a shape or the like; longer lists of numbers are tables."""
+    return len(value) <= 8 and all(type(part) is int for part in value)
 
 
 def groups_after(recording: Recording, sizes: Sizes) -> dict[str, int]:
@@ -109,6 +116,16 @@ def groups_after(recording: Recording, sizes: Sizes) -> dict[str, int]:
         for step in recording.steps
         if step.name == "aten::convolution"
     }
+
+
+# Layers of torch whose sizes can be told from their weights, but for the groups of a convolution.
+FROM_WEIGHTS = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.modules.conv._ConvNd,
+)
 
 
 def set_known_layers(model: nn.Module, groups: dict[str, int]) -> Attributes:
