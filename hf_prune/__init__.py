@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import HfPruneError, HfPruneWarning
+from hf_prune.late import when_imported
 
 if TYPE_CHECKING:
     from hf_prune.allocate.allocators import Limits
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from hf_prune.allocate.plan import Plan
     from hf_prune.analyse.graph import AxisGraph
     from hf_prune.pipeline import analyze, apply_plan, plan, prune
+    from hf_prune.publish.describe import on_record as manifest
     from hf_prune.publish.hub import push_folder
     from hf_prune.publish.save import load, save
     from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
@@ -29,6 +31,7 @@ _HOMES = {
     "analyze": "hf_prune.pipeline",
     "apply_plan": "hf_prune.pipeline",
     "load": "hf_prune.publish.save",
+    "manifest": "hf_prune.publish.describe:on_record",
     "plan": "hf_prune.pipeline",
     "prune": "hf_prune.pipeline",
     "push_folder": "hf_prune.publish.hub",
@@ -48,6 +51,7 @@ __all__ = [
     "analyze",
     "apply_plan",
     "load",
+    "manifest",
     "plan",
     "prune",
     "push_folder",
@@ -58,8 +62,21 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home, _, there = _HOMES[name].partition(":")
+        return getattr(importlib.import_module(home), there or name)
     raise AttributeError(f"module 'hf_prune' has no attribute '{name}'")
+
+
+def _teach_transformers() -> None:
+    importlib.import_module("hf_prune.publish.transformers_hook").install()
+
+
+def _teach_timm() -> None:
+    importlib.import_module("hf_prune.publish.timm_hook").install()
+
+
+when_imported("transformers.modeling_utils", _teach_transformers)
+when_imported("timm.models", _teach_timm)
 
 
 def __dir__() -> list[str]:

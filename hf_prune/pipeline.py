@@ -12,8 +12,10 @@ from hf_prune.allocate.plan import Plan
 from hf_prune.analyse.cost import Cost
 from hf_prune.analyse.graph import AxisGraph, build_graph
 from hf_prune.analyse.inputs import inputs_for, require_plain_tensors
+from hf_prune.analyse.running import named_tensors
 from hf_prune.analyse.trace import trace
 from hf_prune.errors import BudgetError, PlanError, SurgeryError
+from hf_prune.publish.describe import note
 from hf_prune.score.base import Criterion, relative
 from hf_prune.score.registry import criterion as criterion_named
 from hf_prune.surgery.apply import Kept, cut
@@ -21,6 +23,7 @@ from hf_prune.surgery.depth import branches_removed
 from hf_prune.surgery.probe import freeze_what_cannot_be_repaired, rehearse
 from hf_prune.surgery.repair import Repairs
 from hf_prune.surgery.replay import Mismatch
+from hf_prune.surgery.structure import note_cut, note_removed
 from hf_prune.surgery.verify import (
     DifferenceError,
     in_double,
@@ -135,10 +138,19 @@ def plan(
 def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: bool = True) -> PruneRecord:
     """Cut a model in place, verified; on any failure it is left as it was.
 
+    Afterwards the model knows what was done to it, so that it can be saved: by its own `save_pretrained`, or by
+    `hf_prune.save`.
+
     Raises:
         PlanError: If the plan is of another model or removes nothing.
         SurgeryError: If the cut model is not as predicted.
     """
+    record = _apply(model, decided, graph, verify=verify)
+    note(model, record)
+    return record
+
+
+def _apply(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: bool) -> PruneRecord:
     kept = decided.on(graph)
     if not kept:
         raise PlanError("the plan removes nothing: every axis keeps all its units")
@@ -155,6 +167,7 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
     else:
         with cut(model, graph, kept, repairs):
             difference = None
+    note_cut(model, graph, kept, repairs)
     cost, sizes = Cost.of(graph), {a: len(i) for a, i in kept.items()}
     return PruneRecord(
         decided,
@@ -168,14 +181,17 @@ def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: boo
 
 def _cut_depth_first(model: nn.Module, decided: Plan, graph: AxisGraph, empty: Kept, *, verify: bool) -> PruneRecord:
     """Remove branches; what is left is a model like any other, and the rest of the plan cuts that."""
-    kept = {name: units for name, units in decided.kept.items() if units}
-    rest = Plan(kept, {name: decided.sizes[name] for name in kept})
     with branches_removed(model, graph, empty) as difference:
-        smaller = analyze(model, graph.inputs)
+        smaller, left = analyze(model, graph.inputs), set(named_tensors(model))
+        # With a branch its other axes went, too.
+        there = [name for name, axis in graph.axes.items() if left & {s.name for s in axis.slices}]
+        kept = {name: units for name, units in decided.kept.items() if units and name in there}
+        rest = Plan(kept, {name: decided.sizes[name] for name in kept})
         cost = Cost.of(smaller)
         done = PruneRecord(decided, Repairs(), (0, cost.params({})), (0, cost.macs({})), difference, [])
         if kept:
-            done = apply_plan(model, rest, smaller, verify=verify)
+            done = _apply(model, rest, smaller, verify=verify)
+    note_removed(model, graph.skeleton)
     dense, differences = Cost.of(graph), (difference, done.difference)
     return replace(
         done,

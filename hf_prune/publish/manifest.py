@@ -7,7 +7,7 @@ between releases of transformers while files stay.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +16,7 @@ from hf_prune.tokens.attach import ATTRIBUTE
 from hf_prune.tokens.config import TokenPruningConfig
 
 KEY = "hf_prune"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METHOD = "spvit"
 
 
@@ -25,33 +25,49 @@ class Manifest:
     """What `config.json` holds under `hf_prune`.
 
     Attributes:
-        tokens: The token selectors.
+        structure: How the skeleton differs from the dense one, see `publish.structure_json`; None if it does not.
+        tokens: The token selectors; None if there are none.
         blocks: Prefix of the transformer blocks in the checkpoint file, for example `vit.encoder.layer`.
         selectors: Prefix of the selectors in the checkpoint file, for example `vit.token_pruning`.
         base_model: Hub id of the dense weights, if there is one.
-        created_with: Package name to version; informative.
+        created_with: Package name to version.
     """
 
-    tokens: TokenPruningConfig
-    blocks: str
-    selectors: str
+    structure: Mapping[str, Any] | None = None
+    tokens: TokenPruningConfig | None = None
+    blocks: str = ""
+    selectors: str = ""
     base_model: str | None
     created_with: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON-ready data."""
+        tokens = self.tokens and {
+            "method": METHOD, "blocks": self.blocks, "selectors": self.selectors, **self.tokens.to_dict()
+        }  # fmt: skip
         return {
             "format_version": FORMAT_VERSION,
-            "min_reader_version": FORMAT_VERSION,
+            "min_reader_version": FORMAT_VERSION if self.structure else 1,
             "created_with": dict(self.created_with),
             "base_model": self.base_model,
-            "tokens": {
-                "method": METHOD,
-                "blocks": self.blocks,
-                "selectors": self.selectors,
-                **self.tokens.to_dict(),
-            },
+            "structure": self.structure,
+            "tokens": tokens,
         }
+
+    def is_of_this_release(self, library: str) -> bool:
+        """Return whether the library that lays the model out is the one of the time of saving, up to fixes."""
+        return _release(self.created_with.get(library, "")) == _release(version(library))
+
+    def without_tokens(self) -> "Manifest":
+        """Return the manifest of a part of the model that runs no blocks."""
+        return replace(self, tokens=None)
+
+    def selectors_are_cut(self) -> bool:
+        """Return whether the selectors were there when the model was cut, and were cut with it."""
+        tensors = (self.structure or {}).get("tensors")
+        return bool(self.tokens) and isinstance(tensors, Mapping) and any(
+            str(name).startswith(f"{self.selectors}.") for name in tensors
+        )  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: Any) -> "Manifest":
@@ -60,32 +76,20 @@ class Manifest:
         Raises:
             ManifestError: If it is no manifest, of a later format, or holds anything unknown or out of range.
         """
-        _require_keys(data, {"format_version", "min_reader_version", "created_with", "base_model", "tokens"}, KEY)
-        reader = data["min_reader_version"]
-        if type(reader) is not int or reader > FORMAT_VERSION or type(data["format_version"]) is not int:
-            raise ManifestError(
-                f"this hf_prune reads manifests of format {FORMAT_VERSION}, got one that needs {reader!r}; "
-                f"upgrade with `pip install -U hf-prune`"
-            )
-        tokens = data["tokens"]
-        if not isinstance(tokens, Mapping) or tokens.get("method") != METHOD:
-            raise ManifestError(f"`{KEY}.tokens.method` must be '{METHOD}', got {tokens!r:.80}")
-        rest = {key: value for key, value in tokens.items() if key not in ("method", "blocks", "selectors")}
-        names = (tokens.get("blocks"), tokens.get("selectors"))
-        if not all(isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]{0,200}", name) for name in names):
-            raise ManifestError(f"`blocks` and `selectors` must be names of a checkpoint, got {names!r:.120}")
-        base, made = data["base_model"], data["created_with"]
+        data = _upgraded(data)
+        _require_keys(
+            data, {"format_version", "min_reader_version", "created_with", "base_model", "structure", "tokens"}, KEY
+        )
+        base, made, structure = data["base_model"], data["created_with"], data["structure"]
         if base is not None and not isinstance(base, str):
             raise ManifestError(f"`base_model` must be text or null, got {type(base).__name__}")
         if not isinstance(made, Mapping) or not all(isinstance(item, str) for pair in made.items() for item in pair):
             raise ManifestError("`created_with` must map package names to versions")
-        return cls(
-            tokens=TokenPruningConfig.from_dict(rest),
-            blocks=tokens["blocks"],
-            selectors=tokens["selectors"],
-            base_model=base,
-            created_with=dict(made),
-        )
+        if structure is not None and not isinstance(structure, Mapping):
+            raise ManifestError(f"`structure` must be an object or null, got {type(structure).__name__}")
+        if structure is None and data["tokens"] is None:
+            raise ManifestError("a manifest must hold a structure or tokens, got neither")
+        return cls(structure=structure, base_model=base, created_with=dict(made), **_tokens(data["tokens"]))
 
     def require_names(self, checkpoint_keys: Iterable[str]) -> None:
         """Check that the checkpoint beside the manifest holds what it names.
@@ -93,6 +97,8 @@ class Manifest:
         Raises:
             ManifestError: If not: the two belong to different models.
         """
+        if self.tokens is None:
+            return
         keys = set(checkpoint_keys)
         last = f"{self.blocks}.{self.tokens.before_blocks[-1]}."
         wanted = {f"{self.selectors}.selectors.{block}.keep_threshold" for block in self.tokens.before_blocks}
@@ -102,6 +108,38 @@ class Manifest:
                 f"the manifest names blocks '{last}*' and selectors {sorted(wanted)}, but the checkpoint holds "
                 f"{sorted(held) or 'no selectors'}; config.json and the weights belong to different models"
             )
+
+
+def _upgraded(data: Any) -> Any:
+    """Return what a manifest of an earlier format says, in the current one.
+
+    Format 1 knew tokens alone.
+
+    Raises:
+        ManifestError: If it needs a later reader.
+    """
+    if not isinstance(data, Mapping):
+        raise ManifestError(f"`{KEY}` must be an object, got {type(data).__name__}")
+    numbers = data.get("format_version"), data.get("min_reader_version")
+    if any(type(number) is not int or number < 1 for number in numbers) or numbers[1] > FORMAT_VERSION:  # type: ignore
+        raise ManifestError(
+            f"this hf_prune reads manifests of format {FORMAT_VERSION}, got one that needs {numbers[1]!r:.40}; "
+            f"upgrade with `pip install -U hf-prune`"
+        )
+    return {"structure": None, **data} if numbers[0] == 1 else data
+
+
+def _tokens(tokens: Any) -> dict[str, Any]:
+    """Return the fields of a manifest on tokens."""
+    if tokens is None:
+        return {}
+    if not isinstance(tokens, Mapping) or tokens.get("method") != METHOD:
+        raise ManifestError(f"`{KEY}.tokens.method` must be '{METHOD}', got {tokens!r:.80}")
+    rest = {key: value for key, value in tokens.items() if key not in ("method", "blocks", "selectors")}
+    names = {key: tokens.get(key) for key in ("blocks", "selectors")}
+    if not all(isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]{0,200}", name) for name in names.values()):
+        raise ManifestError(f"`blocks` and `selectors` must be names of a checkpoint, got {names!r:.120}")
+    return {"tokens": TokenPruningConfig.from_dict(rest), **names}
 
 
 def versions() -> dict[str, str]:
@@ -116,6 +154,10 @@ def checkpoint_prefixes(checkpoint_keys: Iterable[str]) -> tuple[str, str]:
     others = (re.match(r"(.*?)\.\d+\.", key) for key in keys if not key.startswith(selectors))
     blocks, _ = Counter(match.group(1) for match in others if match).most_common(1)[0]
     return blocks, selectors
+
+
+def _release(number: str) -> list[str]:
+    return number.split(".")[:2]
 
 
 def _require_keys(data: Any, names: set[str], where: str) -> None:

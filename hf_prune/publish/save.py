@@ -1,10 +1,12 @@
-"""Save a token-pruned model as plain safetensors and config, and get it back."""
+"""Save a pruned model as plain safetensors and config, and get it back."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,73 +17,146 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from hf_prune.errors import ManifestError, ModelLoadError
-from hf_prune.publish import transformers_hook
-from hf_prune.publish.manifest import KEY, Manifest, checkpoint_prefixes, versions
-from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
+from hf_prune.analyse.running import named_tensors
+from hf_prune.errors import HfPruneError, ManifestError, ModelLoadError, UnsupportedModelError
+from hf_prune.publish import timm_hook, transformers_hook
+from hf_prune.publish.describe import HISTORY, Library, describe, history_of
+from hf_prune.publish.manifest import KEY, Manifest
+from hf_prune.publish.skeleton import build, require_same_shapes
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+HISTORY_FILE = "pruning_history.json"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save(
-    model: nn.Module, folder: str | os.PathLike[str], *, base_model: str | None = None, processor: Any = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    processor: Any = None,
+    constructor: Callable[[], nn.Module] | None = None,
 ) -> Path:
-    """Write a token-pruned model: safetensors, `config.json` with the manifest, the image processor.
+    """Write a pruned model: safetensors, `config.json` with the manifest, the history, the image processor.
 
     Everything is written to a temporary folder beside the files first and moved in place by renaming, `config.json`
     last, so a full disk or a killed process does not leave a folder that looks loadable and is not.
 
     Args:
-        model: Token-pruned transformers or timm model.
+        model: Pruned, of transformers, of timm's `create_model`, or any other.
         folder: Created if missing; other files in it stay.
-        base_model: Hub id of the dense weights, for the manifest.
+        base_model: Hub id of the dense weights, for the manifest; None takes the one that the model was loaded by.
         processor: Image processor to save along (transformers).
+        constructor: Returns the dense model, for classes of neither library; `load` needs it again.
 
     Returns:
         The folder.
 
     Raises:
-        UnsupportedModelError: If the model is not token-pruned.
+        UnsupportedModelError: If the model was not pruned, or nothing is known that could build it again.
+        ManifestError: If what the config builds is not this model.
         OSError: If the folder cannot be written.
     """
-    target, settings = Path(folder), token_pruning_of(model).settings
+    target = Path(folder)
+    manifest = describe(model, base_model).to_dict()
+    require_same_shapes(model, _skeleton(model, manifest, constructor))
+    with written_together(target) as partial:
+        library = Library.of(model).name
+        if library == "transformers":
+            cast(Any, model).save_pretrained(partial)
+        else:
+            save_file(_apart(model.state_dict()), partial / WEIGHTS, metadata={"format": "pt"})
+            _write_config(model, partial / CONFIG, manifest, library)
+        if processor is not None:
+            processor.save_pretrained(partial)
+        if history_of(model):
+            _write_json(partial / HISTORY_FILE, history_of(model))
+    return target
+
+
+def _skeleton(model: nn.Module, manifest: dict[str, Any], constructor: Callable[[], nn.Module] | None) -> nn.Module:
+    library = Library.of(model).name
+    if library == "transformers":
+        transformers_hook.install()
+        return transformers_hook.skeleton_of(model)
+    if library == "timm":
+        timm_hook.install()
+        return timm_hook.skeleton_of(model, manifest)
+    if constructor is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is of neither transformers nor timm's `create_model`; give `constructor`, a "
+            f"function that returns the dense model, here and to `hf_prune.load`"
+        )
+    return _constructed(constructor, Manifest.from_dict(manifest))
+
+
+def _constructed(constructor: Callable[[], nn.Module], manifest: Manifest) -> nn.Module:
+    model = constructor()
+    build(model, manifest, {name: name for name in named_tensors(model)}, whole=True)
+    return model
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors no two of which share memory, as the format demands."""
+    taken: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        shared = tensor.untyped_storage().data_ptr() in taken
+        result[name] = tensor.clone() if shared else tensor.contiguous()
+        taken.add(tensor.untyped_storage().data_ptr())
+    return result
+
+
+def _write_config(model: nn.Module, path: Path, manifest: dict[str, Any], library: str) -> None:
+    if library == "torch":
+        _write_json(path, {"library": "torch", "class": type(model).__qualname__, KEY: manifest})
+        return
+    save_config_for_hf(model, str(path))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    arguments = {**config.get("model_args", {}), **timm_hook.arguments_of(model)}
+    config["architecture"] = timm_hook.ARCHITECTURE
+    config["model_args"] = {
+        **{name: value for name, value in arguments.items() if name != "num_classes"},
+        "base": timm_hook.base_of(model),
+        "manifest": manifest,
+    }
+    _write_json(path, config)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_together(target: Path) -> Iterator[Path]:
+    """Give a temporary folder, and move what is in it to the target when all is written, `config.json` last."""
     partial = target / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        is_transformers = isinstance(model, transformers.PreTrainedModel)
-        if is_transformers:
-            model.save_pretrained(partial)
-        else:
-            save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, partial / WEIGHTS)
-        blocks, selectors = checkpoint_prefixes(checkpoint_keys(partial))
-        manifest = Manifest(
-            tokens=settings, blocks=blocks, selectors=selectors, base_model=base_model, created_with=versions()
-        ).to_dict()
-        if is_transformers:
-            setattr(model.config, KEY, manifest)
-            model.config.save_pretrained(partial)
-        else:
-            save_config_for_hf(model, str(partial / CONFIG), model_config={KEY: manifest})
-        if processor is not None:
-            processor.save_pretrained(partial)
+        yield partial
         for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG):
             path.replace(target / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
-def load(folder_or_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> nn.Module:
+def load(
+    folder_or_id: str | os.PathLike[str],
+    *,
+    constructor: Callable[[], nn.Module] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> nn.Module:
     """Return the model that `save` wrote, in evaluation mode, of its own class, with equal logits.
 
     Nothing is unpickled; the manifest is checked before anything is built.
 
     Args:
         folder_or_id: A local folder, or "owner/name" on the Hub (kept in the Hub's cache).
+        constructor: Returns the dense model, for classes of neither transformers nor timm.
         revision: Branch, tag or commit on the Hub.
         token: For private repositories; None takes the one that is logged in.
 
@@ -90,21 +165,43 @@ def load(folder_or_id: str | os.PathLike[str], *, revision: str | None = None, t
         ManifestError: If the manifest is missing, malformed, or does not fit the weights.
     """
     path = _local(folder_or_id, revision, token)
+    config, data = _read_config(path)
+    manifest = Manifest.from_dict(data)
+    manifest.require_names(checkpoint_keys(path))
+    if "architecture" in config and "model_type" not in config:
+        model = _load_timm(path)
+    elif config.get("library") == "torch":
+        model = _load_own(path, manifest, constructor)
+    else:
+        model = _load_transformers(path, config)
+    vars(model)[HISTORY] = _history(path)
+    return model.eval()
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], Any]:
+    """Return a folder's config and the manifest in it."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"must be a JSON object, got {type(config).__name__}")
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ModelLoadError(f"no model could be read from '{path}': {CONFIG}: {err}") from err
-    if KEY not in config:
+    arguments = config.get("model_args")
+    data = config.get(KEY) or (arguments.get("manifest") if isinstance(arguments, dict) else None)
+    if data is None:
         raise ManifestError(
             f"'{path / CONFIG}' holds no `{KEY}` manifest: it is not a model that hf_prune pruned; "
             f"load it with transformers or timm"
         )
-    manifest = Manifest.from_dict(config[KEY])
-    manifest.require_names(checkpoint_keys(path))
-    model = _load_timm(path, manifest) if "architecture" in config else _load_transformers(path, config)
-    return model.eval()
+    return config, data
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads((path / HISTORY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []  # informative only, and not every saver writes it
+    return found if isinstance(found, list) else []
 
 
 def _local(folder_or_id: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
@@ -150,12 +247,26 @@ def _load_transformers(path: Path, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _load_timm(path: Path, manifest: Manifest) -> nn.Module:
+def _load_timm(path: Path) -> nn.Module:
+    timm_hook.install()
     try:
-        model = cast(nn.Module, timm.create_model(f"local-dir:{path}", pretrained=False))
-        add_token_pruning(model, manifest.tokens)
-        missing, unexpected = model.load_state_dict(load_file(path / WEIGHTS), strict=False)
-    except (OSError, RuntimeError, TypeError, SafetensorError) as err:
+        return cast(nn.Module, timm.create_model(f"local-dir:{path}", pretrained=True))
+    except (OSError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as err:
+        if isinstance(err, HfPruneError):
+            raise
+        raise ModelLoadError(f"the weights in '{path}' do not fit its config: {err}") from err
+
+
+def _load_own(path: Path, manifest: Manifest, constructor: Callable[[], nn.Module] | None) -> nn.Module:
+    if constructor is None:
+        raise ModelLoadError(f"'{path}' holds a class of its own; give `constructor`, which returns the dense model")
+    model = _constructed(constructor, manifest)
+    try:
+        weights = OrderedDict(load_file(path / WEIGHTS))
+        # Modules may ask for the version of the code that saved them; the file does not tell.
+        weights._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except (OSError, RuntimeError, SafetensorError) as err:
         raise ModelLoadError(f"the weights in '{path}' do not fit its config: {err}") from err
     _require_complete(path, missing, unexpected)
     return model

@@ -1,13 +1,14 @@
 """Lets transformers build a pruned model from its config: one wrapper, idle without a manifest."""
 
+import copy
 import functools
+from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
 
-from hf_prune.publish.manifest import KEY, Manifest
-from hf_prune.tokens.attach import TokenPruning, add_token_pruning
-from hf_prune.tokens.site import tokens_owner
+from hf_prune.publish.manifest import KEY
 
 
 def install() -> None:
@@ -16,20 +17,104 @@ def install() -> None:
     `post_init` is the last line of every model's constructor and runs before weights are loaded, so shards, dtypes and
     device maps see the pruned skeleton. A model without a manifest is not touched.
     """
+    from transformers.modeling_utils import PreTrainedModel
+
     original = PreTrainedModel.post_init
     if hasattr(original, "hf_prune_original"):
         return
 
     @functools.wraps(original)
-    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         data = getattr(self.config, KEY, None)
-        # Parts of a model are models with the same config: an encoder alone has no tokens of its own to prune, and a
-        # headed model contains a headless one that has been here already.
-        is_whole = hasattr(tokens_owner(self), "embeddings")
-        if data is not None and is_whole and not any(isinstance(module, TokenPruning) for module in self.modules()):
-            add_token_pruning(self, Manifest.from_dict(data).tokens)
+        if data is not None:
+            _build(self, data)
         return result
 
     post_init.hf_prune_original = original  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+
+
+def uninstall() -> None:
+    """Undo `install`."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    original = getattr(PreTrainedModel.post_init, "hf_prune_original", None)
+    if original is not None:
+        PreTrainedModel.post_init = original  # type: ignore[method-assign]
+
+
+def _build(model: Any, data: Any) -> None:
+    from hf_prune.publish.manifest import Manifest
+    from hf_prune.publish.skeleton import build
+    from hf_prune.tokens.site import tokens_owner
+
+    manifest = Manifest.from_dict(data)
+    # Parts of a model are models with the same config: an encoder alone has no tokens of its own to prune.
+    if manifest.tokens is not None and not hasattr(tokens_owner(model), "embeddings"):
+        manifest = manifest.without_tokens()
+    whole = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    build(model, manifest, checkpoint_names(model), whole=whole, dense=lambda: _dense_skeleton(model))
+
+
+def _dense_skeleton(model: Any) -> nn.Module:
+    config = copy.deepcopy(model.config)
+    vars(config).pop(KEY)
+    with torch.device("meta"):
+        return type(model)._from_config(config)
+
+
+def disk_names(model: Any, others: Iterable[str] = ()) -> dict[str, str]:
+    """Return for every tensor of a transformers model its name in a checkpoint file.
+
+    Tensors that the file holds in another form (merged, transposed) keep the name they have in the model.
+
+    Args:
+        model: Its weights are not looked at.
+        others: Names of tensors that the model does not have any more.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from hf_prune.analyse.running import named_tensors
+
+    own = {**model.state_dict(), **named_tensors(model)}
+    tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
+    tensors |= {name: torch.empty(1, device="meta") for name in others}
+    ours = {id(tensor): name for name, tensor in tensors.items()}
+    renamed = {ours.get(id(tensor)): name for name, tensor in revert_weight_conversion(model, dict(tensors)).items()}
+    return {name: renamed.get(name, name) for name in tensors}
+
+
+def checkpoint_names(model: Any) -> dict[str, str]:
+    """Return the name in a model for every name in a checkpoint of it, of its base model, or of one with a head.
+
+    Parts that an inner model has lost already count with what they were.
+    """
+    from hf_prune.surgery.structure import KEY as STRUCTURE
+
+    inner = [(path, vars(module).get(STRUCTURE)) for path, module in model.named_modules()]
+    lost = [
+        ".".join(filter(None, (path, removed.tensor)))
+        for path, structure in inner
+        if structure is not None
+        for removed in structure.removed.values()
+    ]
+    names = {disk: now for now, disk in disk_names(model, lost).items()}
+    prefix = f"{model.base_model_prefix}."
+    more = {disk.removeprefix(prefix): now for disk, now in names.items()}
+    more |= {prefix + disk: now for disk, now in names.items()}
+    return {now: now for now in names.values()} | more | names
+
+
+def describe(model: Any, manifest: dict[str, Any] | None) -> None:
+    """Write a manifest into a model's config, so that `save_pretrained` saves it."""
+    if manifest is None:
+        vars(model.config).pop(KEY, None)
+    else:
+        setattr(model.config, KEY, manifest)
+
+
+def skeleton_of(model: Any) -> nn.Module:
+    """Return what a model's config builds, without weights."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config))

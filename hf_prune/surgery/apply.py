@@ -55,17 +55,17 @@ def cut_tensors(model: nn.Module, dims: Mapping[str, list[Expr]], kept: Kept) ->
         if isinstance(tensor, nn.Parameter):
             remaining = nn.Parameter(remaining, requires_grad=tensor.requires_grad)
         new[id(tensor)] = remaining
-    _exchange(model, new)
+    exchange(model, new)
     return before
 
 
 def put_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Undo `cut_tensors`."""
     now = named_tensors(model)
-    _exchange(model, {id(now[name]): tensor for name, tensor in before.items()})
+    exchange(model, {id(now[name]): tensor for name, tensor in before.items()})
 
 
-def _exchange(model: nn.Module, new: Mapping[int, Tensor]) -> None:
+def exchange(model: nn.Module, new: Mapping[int, Tensor]) -> None:
     """Replace tensors by identity, wherever a module holds them."""
     for module in model.modules():
         for store in (module._parameters, module._buffers):

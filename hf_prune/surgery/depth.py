@@ -82,20 +82,21 @@ def _put(model: nn.Module, modules: Modules) -> None:
 def _remove(model: nn.Module, graph: AxisGraph, empty: Mapping[Axis, Tensor], put: Modules) -> float:
     """Replace modules, add them to `put`, and return how far the outputs are from those of the silenced model."""
     inputs = [probe_inputs(graph, model, seed) for seed in (0, 1)]
-    dense, influential = [_watched(model, each) for each in inputs], _parameters_of_influence(model, inputs[0])
+    dense, live = [_watched(model, each) for each in inputs], _influential(model, inputs[0])
     with silenced(model, graph, empty):
         expected = outputs_of(model, inputs[0])
         silent = [_watched(model, each) for each in inputs]
         if all(map(torch.equal, expected, outputs_of(model, inputs[1]))):
             raise SurgeryError("nothing of the input would reach the output of the model; keep one unit or more")
-    for path in silent[0]:
+    holding = {path for path, module in model.named_modules() if any(True for _ in module.parameters())}
+    for path in filter(holding.__contains__, silent[0]):
         before, after = ([run[path] for run in runs] for runs in (dense, silent))
         constant = None if _inside(path, put) else _constant(graph.recording, path, before, after)
         if constant is not None:
             put[path] = constant
             model.set_submodule(path, constant)
     _require_gone(graph, empty, put)
-    _drop_idle(model, inputs[0], influential, put)
+    _drop_idle(model, inputs[0], live, put)
     return require_equal(expected, outputs_of(model, inputs[0]))
 
 
@@ -187,19 +188,25 @@ def _channel_dims(recording: Recording, path: str, seen: Seen) -> set[int] | Non
     return {d for d, dim in enumerate(dims) if channels & set(leaves(dim))}
 
 
-def _drop_idle(model: nn.Module, inputs: Any, influential: set[int], put: Modules) -> None:
-    """Replace modules by nothing if none of their parameters has an influence on the output any more."""
-    still = _parameters_of_influence(model, inputs)
-    for path, module in list(model.named_modules()):
-        own = {id(parameter) for parameter in module.parameters()}
-        ours = {id(put[inner].bias) for inner in put if inner == path or inner.startswith(f"{path}.")}  # type: ignore
-        if path and own and not own & still and own <= influential | ours and not _inside(path, put):
+def _drop_idle(model: nn.Module, inputs: Any, live: set[str], put: Modules) -> None:
+    """Replace modules by nothing if what they give has no influence on the output any more."""
+    still = _influential(model, inputs)
+    for path in [path for path, _ in model.named_modules()]:
+        if path in live - still and (path in put or not _inside(path, put)):
             put[path] = nn.Identity()
             model.set_submodule(path, put[path])
 
 
-def _parameters_of_influence(model: nn.Module, inputs: Any) -> set[int]:
-    """Return the identities of the parameters from which the output is computed."""
+def _influential(model: nn.Module, inputs: Any) -> set[str]:
+    """Return the paths of the modules from whose outputs the model's output is computed."""
+    made: dict[str, Any] = {}
+    handles = []
+    for path, module in model.named_modules():
+
+        def note(_: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            made[path] = next((tensor.grad_fn for tensor in output_tensors(output)), None)
+
+        handles.append(module.register_forward_hook(note))
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         for parameter in asked:
@@ -209,11 +216,12 @@ def _parameters_of_influence(model: nn.Module, inputs: Any) -> set[int]:
     finally:
         for parameter, before in asked.items():
             parameter.requires_grad_(before)
-    found, met = set(), set()
+        for handle in handles:
+            handle.remove()
+    met = set()
     while ahead:
         node = ahead.pop()
         if node is not None and node not in met:
             met.add(node)
-            found.add(id(getattr(node, "variable", None)))
             ahead += [following for following, _ in node.next_functions]
-    return found
+    return {path for path, node in made.items() if node in met}

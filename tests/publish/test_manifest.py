@@ -51,7 +51,7 @@ def spoilt(**changes):
         "spvit",
         {},
         spoilt(extra=1),
-        spoilt(min_reader_version=2),
+        spoilt(min_reader_version=3),
         spoilt(min_reader_version="1"),
         spoilt(format_version=None),
         spoilt(tokens={}),

@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_the_model_that_was_there(vit, tmp_path, monkeypatch)
 
 
 def test_a_dense_model_is_not_saved(vit, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="token-pruned"):
+    with pytest.raises(UnsupportedModelError, match="must be pruned by hf_prune"):
         hf_prune.save(vit, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
