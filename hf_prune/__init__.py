@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from hf_prune.allocate.budget import Budget
     from hf_prune.allocate.plan import Plan
     from hf_prune.analyse.graph import AxisGraph
+    from hf_prune.measure.model import compare, measure
     from hf_prune.pipeline import analyze, apply_plan, plan, prune
     from hf_prune.publish.describe import on_record as manifest
-    from hf_prune.publish.hub import push_folder
+    from hf_prune.publish.folder_card import write_card
+    from hf_prune.publish.hub import push_folder, push_to_hub
     from hf_prune.publish.save import load, save
     from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
     from hf_prune.tokens.config import TokenPruningConfig
@@ -30,13 +32,16 @@ _HOMES = {
     "add_token_pruning": "hf_prune.tokens.attach",
     "analyze": "hf_prune.pipeline",
     "apply_plan": "hf_prune.pipeline",
+    "compare": "hf_prune.measure.model",
     "load": "hf_prune.publish.save",
     "manifest": "hf_prune.publish.describe:on_record",
     "plan": "hf_prune.pipeline",
     "prune": "hf_prune.pipeline",
     "push_folder": "hf_prune.publish.hub",
+    "push_to_hub": "hf_prune.publish.hub",
     "save": "hf_prune.publish.save",
     "token_pruning_of": "hf_prune.tokens.attach",
+    "write_card": "hf_prune.publish.folder_card",
 }
 
 __all__ = [
@@ -50,17 +55,23 @@ __all__ = [
     "add_token_pruning",
     "analyze",
     "apply_plan",
+    "compare",
     "load",
     "manifest",
+    "measure",
     "plan",
     "prune",
     "push_folder",
+    "push_to_hub",
     "save",
     "token_pruning_of",
+    "write_card",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "measure":  # a package of that name, which can be called
+        return importlib.import_module("hf_prune.measure")
     if name in _HOMES:
         home, _, there = _HOMES[name].partition(":")
         return getattr(importlib.import_module(home), there or name)

@@ -1,5 +1,6 @@
-"""The command line: `hf-prune analyze|plan MODEL`."""
+"""The command line: `hf-prune analyze|plan|prune|measure|latency-table|card|push`."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,136 @@ def plan(
         decided.write(output)
     for name, units in decided.kept.items():
         typer.echo(f"{name}: {len(units)} of {decided.sizes[name]}")
+
+
+Macs = Annotated[float | None, typer.Option(help="Budget: fraction of dense up to 1, else absolute.")]
+Params = Annotated[float | None, typer.Option(help="Budget: fraction of dense up to 1, else absolute.")]
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder to save to.")],
+    macs: Macs = None,
+    params: Params = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan made before, instead of a budget.")] = None,
+    criterion: Annotated[str, typer.Option(help="How units are scored; one that needs no data.")] = "magnitude",
+    allocator: Annotated[str, typer.Option(help="uniform, global_rank or isomorphic.")] = "isomorphic",
+    round_to: Annotated[int, typer.Option(help="Sizes become multiples of this.")] = 1,
+    image_size: ImageSize = None,
+    pretrained: Pretrained = True,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Batches to time; may be repeated.")] = None,
+) -> None:
+    """Prune a model without training, measure it beside the dense one, and save it with a card.
+
+    Accuracy falls: train the model afterwards.
+    """
+    import copy
+
+    import hf_prune
+    from hf_prune.allocate.plan import Plan
+
+    with _plain_errors():
+        network = load_any(model, pretrained=pretrained).eval()
+        dense, inputs = copy.deepcopy(network), _inputs(image_size)
+        graph = hf_prune.analyze(network, inputs)
+        if plan_file is not None:
+            decided = Plan.read(plan_file)
+        else:
+            limits, budget = hf_prune.Limits(round_to=round_to), hf_prune.Budget(macs=macs, params=params)
+            decided = hf_prune.plan(
+                network, graph=graph, budget=budget, criterion=criterion, allocator=allocator, limits=limits
+            )
+        record = hf_prune.apply_plan(network, decided, graph)
+        found = hf_prune.compare(dense, network, inputs, batch_sizes=batch_size or (1, 16))
+        base, license_name = _provenance(model, network) if pretrained else (None, None)
+        hf_prune.save(network, output, base_model=base, processor=_processor(model), measurements=found)
+        hf_prune.write_card(output, license_name=license_name)
+    for title, (before, after) in (("parameters", record.params), ("MACs", record.macs)):
+        typer.echo(f"{title}: {before:,} -> {after:,} ({after / before:.0%})")
+    for size, pair in found["batches"].items():
+        before, after = pair["dense"]["latency"]["median_ms"], pair["pruned"]["latency"]["median_ms"]
+        typer.echo(f"ms per batch of {size}: {before:.2f} -> {after:.2f} ({before / after:.2f}x as fast)")
+    typer.echo(f"saved in {output}")
+
+
+@app.command()
+def measure(model: Model, batch_size: int = 1, image_size: ImageSize = None, pretrained: Pretrained = True) -> None:
+    """Measure parameters, MACs and latency of a model, dense or pruned, on this machine."""
+    import hf_prune
+
+    with _plain_errors():
+        found = hf_prune.measure(load_any(model, pretrained=pretrained), _inputs(image_size), batch_size=batch_size)
+    typer.echo(json.dumps(found.to_json(), indent=1))
+
+
+@app.command()
+def latency_table(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="JSON file to write.")],
+    batch_size: int = 32,
+    pretrained: Pretrained = True,
+) -> None:
+    """Time the blocks of a vision transformer at many token counts, for token pruning to a latency."""
+    from hf_prune.analyse.inputs import inputs_for
+    from hf_prune.measure.latency_table import measure_latency_table
+    from hf_prune.tokens.config import TokenPruningConfig
+    from hf_prune.tokens.site import find_site
+
+    with _plain_errors():
+        network = load_any(model, pretrained=pretrained).eval()
+        settings = TokenPruningConfig(before_blocks=(1,), keep_ratios=(0.5,), num_heads=find_site(network).num_heads)
+        image = inputs_for(network)
+        pixels = (image["pixel_values"] if isinstance(image, dict) else image).repeat(batch_size, 1, 1, 1)
+        measure_latency_table(network, pixels, settings).write(output)
+    typer.echo(f"written to {output}")
+
+
+@app.command()
+def card(folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")], model_id: str | None = None) -> None:
+    """Write the model card again, from what was recorded when the model was pruned and measured."""
+    import hf_prune
+
+    with _plain_errors():
+        typer.echo(f"written to {hf_prune.write_card(folder, model_id=model_id)}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    private: Annotated[bool | None, typer.Option(help="Who may see a repository made here.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if there is none yet.")] = None,
+) -> None:
+    """Upload a saved model with its card, in one commit."""
+    import hf_prune
+
+    with _plain_errors():
+        hf_prune.write_card(folder, model_id=repo_id)
+        typer.echo(hf_prune.push_folder(folder, repo_id, private=private, revision=revision))
+
+
+def _provenance(name: str, model: Any) -> tuple[str | None, str | None]:
+    """Return the Hub id of the weights that were loaded, and their licence, as far as both are known."""
+    from hf_prune.models import card_license
+
+    configuration = getattr(model, "pretrained_cfg", None)
+    if isinstance(configuration, dict):
+        return configuration.get("hf_hub_id"), configuration.get("license")
+    return (name if name.count("/") == 1 and not Path(name).exists() else None), card_license(name)
+
+
+def _processor(name: str) -> Any:
+    """Return the image processor beside a model of transformers, if there is one."""
+    import timm
+    import transformers
+
+    if timm.is_model(name) or name.startswith(("timm/", "hf-hub:", "local-dir:")):
+        return None
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
 
 
 def load_any(name: str, *, pretrained: bool = True) -> Any:

@@ -152,7 +152,7 @@ def _load_transformers(name: str, label_names: Sequence[str], new_head: bool) ->
         preprocessing=Preprocessing.from_processor(processor),
         processor=processor,
         name=name,
-        license=_card_license(name),
+        license=card_license(name),
     )
 
 
@@ -165,7 +165,7 @@ def _require_labels(name: str, num_labels: int, label_names: Sequence[str]) -> N
         )
 
 
-def _card_license(name: str) -> str | None:
+def card_license(name: str) -> str | None:
     """Return the licence that the model card beside the weights names, if there is one."""
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import HfHubHTTPError

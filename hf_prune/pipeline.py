@@ -132,7 +132,18 @@ def plan(
         assert budget is not None
         cost, limit = budget.measure(Cost.of(graph))
         kept = meet_budget(axes, scores, allocator_named(allocator)(axes, scores), cost, limit, limits)
-    return Plan.of(graph, kept)
+    return replace(Plan.of(graph, kept), how=_how(rule, keep_ratio, budget, allocator))
+
+
+def _how(
+    rule: Criterion, keep_ratio: float | None, budget: Budget | None, allocator: str | Allocator
+) -> dict[str, str]:
+    """Return what decided, in words for the record."""
+    how = {"criterion": rule.name}
+    if budget is None:
+        return how | {"keep ratio of every width": f"{keep_ratio:g}"}
+    limit = ", ".join(f"{name} {value:g}" for name, value in vars(budget).items() if value is not None)
+    return how | {"budget": limit, "allocator": allocator if isinstance(allocator, str) else "a function"}
 
 
 def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: bool = True) -> PruneRecord:

@@ -46,6 +46,14 @@ class Repo:
         raise RefusedError(404, "RevisionNotFound")
 
 
+class BrokenLineError(Exception):
+    """The connection ends after half of this answer, or without any."""
+
+    def __init__(self, headers: dict[str, str] | None = None, payload: bytes = b""):
+        super().__init__()
+        self.headers, self.payload = headers, payload
+
+
 class RefusedError(Exception):
     def __init__(self, status: int, code: str = "", **details: str):
         super().__init__(status, code)
@@ -66,6 +74,8 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.failing: dict[str, int] = {}
+        self.cut: set[str] = set()
+        self.wrong_etags = False
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -98,6 +108,22 @@ class HubServer:
         """Answer every request to a route, such as "commit", with this status."""
         self.failing[route] = status
 
+    def cut_downloads(self) -> None:
+        """Break connections in the middle of every file."""
+        self.cut = {"resolve"}
+
+    def cut_uploads(self) -> None:
+        """Break connections at every large file that arrives."""
+        self.cut = {"upload"}
+
+    def lie_about_etags(self) -> None:
+        """Send tags that are not those of the files."""
+        self.wrong_etags = True
+
+    def behave(self) -> None:
+        """Do everything right again."""
+        self.failing, self.cut, self.wrong_etags = {}, set(), False
+
     def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[dict[str, str], bytes]:
         with self._lock:
             self.requests.append((method, path))
@@ -113,7 +139,11 @@ class HubServer:
                 repo = None
                 if "repo" in parts and (repo := self.repos.get(parts.pop("repo"))) is None:
                     raise RefusedError(404, "RepoNotFound")
+                if name in self.cut and name == "upload":
+                    raise BrokenLineError
                 result = getattr(self, f"_{name}")(repo, body, **parts)
+                if name in self.cut and len(result[1]) > 1000:
+                    raise BrokenLineError(*result)
                 return result if isinstance(result, tuple) else ({}, json.dumps(result).encode())
         raise RefusedError(404)
 
@@ -204,7 +234,8 @@ class HubServer:
         if file not in commit.files:
             raise RefusedError(404, "EntryNotFound")
         data = commit.files[file]
-        return {"ETag": f'"{blob_id(file, data)}"', "X-Repo-Commit": commit.oid}, data
+        tag = blob_id(file, data)[:: -1 if self.wrong_etags else 1]
+        return {"ETag": f'"{tag}"', "X-Repo-Commit": commit.oid}, data
 
 
 _REPO, _REVISION = "(?P<repo>[^/]+/[^/]+?)", "(?P<revision>[^/]+)"
@@ -232,6 +263,17 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             status = 200
             headers, payload = self.hub.answer(self.command, urlsplit(self.path).path, body, token)
+        except BrokenLineError as line:
+            if line.headers is not None:
+                self.send_response(200)
+                for name, value in {**line.headers, "Content-Length": str(len(line.payload))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(line.payload[: len(line.payload) // 2])
+            self.close_connection = True
+            self.connection.close()
+            return
         except RefusedError as refusal:
             status, payload = refusal.status, json.dumps({"error": "refused", **refusal.details}).encode()
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +25,12 @@ class Plan:
     Attributes:
         kept: Axis name -> kept units, ascending; none removes the branch that the axis lies on.
         sizes: Axis name -> its size before, so that a plan of another model is recognised.
+        how: What decided, for the record: the criterion, the budget.
     """
 
     kept: dict[str, tuple[int, ...]]
     sizes: dict[str, int]
+    how: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if set(self.kept) != set(self.sizes):
@@ -112,7 +114,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready data."""
-        return {"kept": {name: list(units) for name, units in self.kept.items()}, "sizes": dict(self.sizes)}
+        kept = {name: list(units) for name, units in self.kept.items()}
+        return {"kept": kept, "sizes": dict(self.sizes), "how": dict(self.how)}
 
     @classmethod
     def from_json(cls, data: Any) -> "Plan":
@@ -121,16 +124,18 @@ class Plan:
         Raises:
             PlanError: If it is malformed.
         """
-        if not isinstance(data, Mapping) or set(data) != {"kept", "sizes"}:
-            raise PlanError("a plan must be an object with exactly 'kept' and 'sizes'")
-        kept, sizes = data["kept"], data["sizes"]
+        if not isinstance(data, Mapping) or not {"kept", "sizes"} <= set(data) <= {"kept", "sizes", "how"}:
+            raise PlanError("a plan must be an object with exactly 'kept' and 'sizes', and perhaps 'how'")
+        kept, sizes, how = data["kept"], data["sizes"], data.get("how", {})
+        if not isinstance(how, Mapping) or any(not isinstance(part, str) for pair in how.items() for part in pair):
+            raise PlanError("'how' of a plan must map words to words")
         if not isinstance(kept, Mapping) or not isinstance(sizes, Mapping):
             raise PlanError("'kept' and 'sizes' of a plan must be objects")
         if any(not isinstance(units, list) for units in kept.values()):
             raise PlanError("'kept' must hold a list of units for every axis")
         if any(type(size) is not int or size < 1 for size in sizes.values()):
             raise PlanError("'sizes' must hold a positive integer for every axis")
-        return cls({str(name): tuple(units) for name, units in kept.items()}, dict(sizes))
+        return cls({str(name): tuple(units) for name, units in kept.items()}, dict(sizes), dict(how))
 
     def write(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -91,7 +91,7 @@ def plot_dropped_patches(
         fontsize=9.5,
         color=INK,
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_token_histogram(
@@ -134,7 +134,7 @@ def plot_token_histogram(
     axes[-1].set_xlim(-0.5, num_patches + 0.5)
     axes[-1].set_xlabel(f"patches kept in an image (of {num_patches})", fontsize=10)
     figure.suptitle("How many patches an image keeps", fontsize=13, color=INK, fontweight="bold")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_latency_accuracy(
@@ -194,7 +194,7 @@ def plot_latency_accuracy(
         fontweight="bold",
         parse_math=False,
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _frame(
@@ -259,7 +259,7 @@ def _tidy(axis: Axes) -> None:
     axis.spines[["left", "bottom"]].set_color(SOFT)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a PNG of at most `MAX_BYTES` if fewer colours, and then fewer dots, can reach that."""
     for dpi in (120, 100, 80):
         figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.15)

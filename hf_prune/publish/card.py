@@ -43,7 +43,7 @@ def render_card(
     title = model_id or (_name(report.base_model) + "-spvit" if report.base_model else "spvit")
     data = _metadata(report, title=title, pipeline_tag=pipeline_tag, library_name=library_name)
     body = (
-        _environment()
+        environment()
         .get_template("card.md.jinja")
         .render(
             report=report,
@@ -61,7 +61,7 @@ def render_card(
 
 
 def _metadata(report: Report, *, title: str, pipeline_tag: str, library_name: str) -> ModelCardData:
-    base_model, dataset = _hub_id(report.base_model), _hub_id(report.dataset)
+    base_model, dataset = hub_id(report.base_model), hub_id(report.dataset)
     accuracy = EvalResult(
         task_type=pipeline_tag,
         dataset_type=dataset or _name(report.dataset),
@@ -87,7 +87,7 @@ def _metadata(report: Report, *, title: str, pipeline_tag: str, library_name: st
     )
 
 
-def _hub_id(name: str | None) -> str | None:
+def hub_id(name: str | None) -> str | None:
     """Return `name` if it is an "owner/name" on the Hub rather than a folder or an embedded data set."""
     if name is None or name.count("/") != 1 or Path(name).exists():
         return None
@@ -100,11 +100,12 @@ def _hub_id(name: str | None) -> str | None:
 
 def _name(source: str) -> str:
     """Return a Hub id whole, but of a path the last part only: a card is no place for a machine's folders."""
-    return _hub_id(source) or Path(source).name or source
+    return hub_id(source) or Path(source).name or source
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return where the templates of cards are, with filters that escape for Markdown."""
+    made = Environment(
         loader=PackageLoader("hf_prune", "publish"),
         # The page is Markdown, not HTML: the filters below do the escaping that Markdown needs.
         autoescape=False,
@@ -113,7 +114,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
+    made.filters.update(
         plain=_plain,
         code=_code,
         name=_name,
@@ -122,7 +123,7 @@ def _environment() -> Environment:
         caption=_caption,
         duration=_duration,
     )
-    return environment
+    return made
 
 
 def _plain(text: str) -> str:

@@ -74,12 +74,12 @@ def manifest_of(model: nn.Module, base_model: str | None = None) -> Manifest:
 
 
 def base_model_of(model: nn.Module) -> str | None:
-    """Return the Hub id of the dense weights, as far as the model knows."""
+    """Return the Hub id of the dense weights, if the model knows; those of timm do not know where theirs are from."""
     config = getattr(model, "config", None)
     earlier = getattr(config, KEY, None) or getattr(model, "_model_args", {}).get("manifest")
     if isinstance(earlier, Mapping):
         return earlier.get("base_model")
-    name = getattr(config, "_name_or_path", None) or (getattr(model, "pretrained_cfg", None) or {}).get("hf_hub_id")
+    name = getattr(config, "_name_or_path", None)
     return name if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")) else None
 
 

@@ -1,6 +1,9 @@
 """From a finished folder to one commit on the Hub."""
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
@@ -10,8 +13,11 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import filter_repo_objects
+from torch import nn
 
 from hf_prune.errors import HfPruneError
+from hf_prune.publish.folder_card import write_card
+from hf_prune.publish.save import save
 
 # Checkpoints are for resuming a run, and hidden or temporary files are nobody's business.
 LEFT_OUT = ["checkpoints/*", "checkpoint-*/*", ".*", "*/.*", "*.tmp", "*.lock", "*/__pycache__/*"]
@@ -52,6 +58,34 @@ def push_folder(
     except (HTTPError, OSError, ValueError, RuntimeError) as err:
         raise HfPruneError(f"'{folder}' could not be pushed to '{repo_id}': {_advice(err, api.endpoint)}") from err
     return commit.commit_url
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    processor: Any = None,
+    measurements: Mapping[str, Any] | None = None,
+    license_name: str | None = None,
+    **settings: Any,
+) -> str:
+    """Save a pruned model, write its card, and push both in one commit; return the commit's URL.
+
+    Args:
+        model: Pruned, of transformers or of timm.
+        repo_id: "owner/name" on the Hub; created if there is none yet.
+        processor: Image processor to go along (transformers).
+        measurements: What `hf_prune.compare` found, for the card.
+        license_name: Licence of the dense weights, as the Hub calls it.
+        settings: `token`, `private`, `revision`, `commit_message`; see `push_folder`.
+
+    Raises:
+        HfPruneError: If the model cannot be saved, or the Hub refuses or is away; nothing is sent in part.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save(model, Path(temporary) / "model", processor=processor, measurements=measurements)
+        write_card(folder, model_id=repo_id, license_name=license_name)
+        return push_folder(folder, repo_id, **settings)
 
 
 def _files(folder: Path) -> list[str]:

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +21,12 @@ from hf_prune.analyse.running import named_tensors
 from hf_prune.errors import HfPruneError, ManifestError, ModelLoadError, UnsupportedModelError
 from hf_prune.publish import timm_hook, transformers_hook
 from hf_prune.publish.describe import HISTORY, Library, describe, history_of
+from hf_prune.publish.folder import CONFIG, replaced
 from hf_prune.publish.manifest import KEY, Manifest
 from hf_prune.publish.skeleton import build, require_same_shapes
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-HISTORY_FILE = "pruning_history.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HISTORY_FILE, MEASUREMENTS_FILE = "pruning_history.json", "measurements.json"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -38,11 +37,12 @@ def save(
     base_model: str | None = None,
     processor: Any = None,
     constructor: Callable[[], nn.Module] | None = None,
+    measurements: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a pruned model: safetensors, `config.json` with the manifest, the history, the image processor.
 
-    Everything is written to a temporary folder beside the files first and moved in place by renaming, `config.json`
-    last, so a full disk or a killed process does not leave a folder that looks loadable and is not.
+    Everything is written to a temporary folder first, which then takes the place of the old one: when the disk is full
+    or the process is killed, the folder is what it was, or what it was to be.
 
     Args:
         model: Pruned, of transformers, of timm's `create_model`, or any other.
@@ -50,6 +50,7 @@ def save(
         base_model: Hub id of the dense weights, for the manifest; None takes the one that the model was loaded by.
         processor: Image processor to save along (transformers).
         constructor: Returns the dense model, for classes of neither library; `load` needs it again.
+        measurements: What `hf_prune.compare` found, for the card.
 
     Returns:
         The folder.
@@ -62,7 +63,7 @@ def save(
     target = Path(folder)
     manifest = describe(model, base_model).to_dict()
     require_same_shapes(model, _skeleton(model, manifest, constructor))
-    with written_together(target) as partial:
+    with replaced(target) as partial:
         library = Library.of(model).name
         if library == "transformers":
             cast(Any, model).save_pretrained(partial)
@@ -73,6 +74,8 @@ def save(
             processor.save_pretrained(partial)
         if history_of(model):
             _write_json(partial / HISTORY_FILE, history_of(model))
+        if measurements is not None:
+            _write_json(partial / MEASUREMENTS_FILE, dict(measurements))
     return target
 
 
@@ -127,20 +130,6 @@ def _write_config(model: nn.Module, path: Path, manifest: dict[str, Any], librar
 
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def written_together(target: Path) -> Iterator[Path]:
-    """Give a temporary folder, and move what is in it to the target when all is written, `config.json` last."""
-    partial = target / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG):
-            path.replace(target / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(

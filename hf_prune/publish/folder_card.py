@@ -1,0 +1,154 @@
+"""The card of a saved model that was cut: rendered from what its folder holds, and from nothing else."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_prune.errors import HfPruneError, ManifestError
+from hf_prune.measure.report import REPORT_NAME, Report
+from hf_prune.measure.widths import plot_widths
+from hf_prune.publish.card import TAGS, environment, hub_id, render_card
+from hf_prune.publish.folder import CONFIG
+from hf_prune.publish.save import HISTORY_FILE, MEASUREMENTS_FILE
+
+WIDTHS = "figures/widths.png"
+
+
+def write_card(folder: str | Path, *, model_id: str | None = None, license_name: str | None = None) -> Path:
+    """Write `README.md` into the folder of a saved model, and the picture of its widths.
+
+    What is on it comes from the config, `pruning_history.json`, `measurements.json` and, where a recipe left one,
+    `report.json`. What was not measured is said not to be.
+
+    Args:
+        folder: What `hf_prune.save` wrote.
+        model_id: Hub id that the model will have; None if it stays local.
+        license_name: Licence of the dense weights; None takes the one on the card that is there already.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        HfPruneError: If the folder holds no pruned model.
+    """
+    folder = Path(folder)
+    license_name = license_name or _license_on(folder / "README.md")
+    if (folder / REPORT_NAME).is_file():
+        card = _card_of_run(folder, model_id)
+    else:
+        card = _card_of_cut(folder, model_id, license_name)
+    temporary = folder / ".README.md.tmp"
+    temporary.write_text(str(card), encoding="utf-8")
+    return temporary.replace(folder / "README.md")
+
+
+def _license_on(card: Path) -> str | None:
+    if not card.is_file():
+        return None
+    name = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
+    return name if isinstance(name, str) and name != "unknown" else None
+
+
+def _card_of_run(folder: Path, model_id: str | None) -> ModelCard:
+    config = _read(folder / CONFIG)
+    library = "transformers" if "model_type" in config else "timm"
+    snippet = f'model = hf_prune.load("{model_id or folder.name}")'
+    return render_card(Report.read(folder), load_snippet=snippet, model_id=model_id, library_name=library)
+
+
+def _card_of_cut(folder: Path, model_id: str | None, license_name: str | None) -> ModelCard:
+    config = _read(folder / CONFIG)
+    manifest = config.get("hf_prune") or (config.get("model_args") or {}).get("manifest")
+    if not isinstance(manifest, Mapping):
+        raise ManifestError(f"'{folder}' must hold a model that hf_prune pruned, but its config has no manifest")
+    history = _read(folder / HISTORY_FILE, default=[])
+    if not history:
+        raise HfPruneError(
+            f"'{folder / HISTORY_FILE}' must tell what was done to the model; save the model with `hf_prune.save`"
+        )
+    widths = widths_of(history)
+    plot_widths(widths, folder / WIDTHS)
+    base, name = manifest.get("base_model"), model_id or folder.resolve().name
+    library = "transformers" if "model_type" in config else str(config.get("library", "timm"))
+    data = ModelCardData(
+        library_name=None if library == "torch" else library,
+        license=license_name or "unknown",
+        base_model=hub_id(base),
+        base_model_relation="finetune" if hub_id(base) else None,
+        pipeline_tag=_task(config, library),
+        tags=[*TAGS[:2], "structured-pruning"],
+        model_name=name.rpartition("/")[2],
+    )
+    page = environment().get_template("cut.md.jinja").render(
+        title=name,
+        base=base,
+        licence=license_name,
+        load_snippet=_snippet(config, library, name if model_id else str(folder.name)),
+        before_after=_before_after(history, _read(folder / MEASUREMENTS_FILE, default={})),
+        measured=_read(folder / MEASUREMENTS_FILE, default={}),
+        history=history,
+        num_axes=len(widths),
+        figure=WIDTHS,
+    )  # fmt: skip
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{page}")
+
+
+def _task(config: Mapping[str, Any], library: str) -> str | None:
+    architecture = str((config.get("architectures") or [""])[0])
+    ends = {
+        "ForImageClassification": "image-classification",
+        "ForSemanticSegmentation": "image-segmentation",
+        "ForInstanceSegmentation": "image-segmentation",
+        "ForObjectDetection": "object-detection",
+        "ForDepthEstimation": "depth-estimation",
+    }
+    found = [task for end, task in ends.items() if architecture.endswith(end)]
+    if found:
+        return found[0]
+    return "image-classification" if library == "timm" and config.get("num_classes") else "image-feature-extraction"
+
+
+def _snippet(config: Mapping[str, Any], library: str, name: str) -> str:
+    if library == "timm":
+        source = "hf-hub" if "/" in name else "local-dir"
+        return f'import hf_prune\nimport timm\n\nmodel = timm.create_model("{source}:{name}", pretrained=True)'
+    if library == "torch":
+        return f'import hf_prune\n\nmodel = hf_prune.load("{name}", constructor={config.get("class", "Model")})'
+    kind = (config.get("architectures") or ["AutoModel"])[0]
+    return f'import hf_prune\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")'
+
+
+def widths_of(history: list[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Return the size of every axis that was cut, before the first cut and after the last."""
+    found: dict[str, tuple[int, int]] = {}
+    for step in history:
+        plan = step["plan"]
+        for name, kept in plan["kept"].items():
+            found[name] = (found.get(name, (plan["sizes"][name], 0))[0], len(kept))
+    return found
+
+
+def _before_after(history: list[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[list[str]]:
+    first, last = history[0], history[-1]
+    lines = [["", "dense", "pruned", "change"]]
+    for title, key in (("parameters", "params"), ("MACs per image", "macs")):
+        before, after = first[key][0], last[key][1]
+        lines.append([title, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f}%"])
+    for size, pair in sorted(measured.get("batches", {}).items(), key=lambda item: int(item[0])):
+        dense, pruned = pair["dense"]["latency"]["median_ms"], pair["pruned"]["latency"]["median_ms"]
+        lines.append([f"ms per batch of {size}", f"{dense:.2f}", f"{pruned:.2f}", f"{dense / pruned:.2f}x as fast"])
+    return lines
+
+
+def _read(path: Path, default: Any = None) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        if default is not None:
+            return default
+        raise HfPruneError(f"'{path}' must be there: `hf_prune.save` writes it") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise HfPruneError(f"'{path}' must be readable JSON: {err}") from err
