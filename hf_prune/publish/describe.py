@@ -11,6 +11,7 @@ from hf_prune.errors import UnsupportedModelError
 from hf_prune.publish import timm_hook, transformers_hook
 from hf_prune.publish.manifest import KEY, Manifest, checkpoint_prefixes, versions
 from hf_prune.publish.structure_json import to_json
+from hf_prune.publish.uniform import fields_for
 from hf_prune.surgery.structure import Structure, structure_of
 from hf_prune.tokens.attach import TokenPruning
 
@@ -77,6 +78,7 @@ def base_model_of(model: nn.Module) -> str | None:
     """Return the Hub id of the dense weights, if the model knows; those of timm do not know where theirs are from."""
     config = getattr(model, "config", None)
     earlier = getattr(config, KEY, None) or getattr(model, "_model_args", {}).get("manifest")
+    earlier = earlier or next(iter(history_of(model)), None)
     if isinstance(earlier, Mapping):
         return earlier.get("base_model")
     name = getattr(config, "_name_or_path", None)
@@ -84,11 +86,15 @@ def base_model_of(model: nn.Module) -> str | None:
 
 
 def describe(model: nn.Module, base_model: str | None = None) -> Manifest:
-    """Write the manifest where the model's own `save_pretrained`, or timm's, will save it; return it."""
+    """Write the manifest where the model's own `save_pretrained`, or timm's, will save it; return it.
+
+    Where the configuration of a transformers model can say all of it, it does, and there is no manifest.
+    """
     manifest = manifest_of(model, base_model)
     library = Library.of(model).name
     if library == "transformers":
-        transformers_hook.describe(model, manifest.to_dict())
+        fields = None if manifest.tokens is not None else fields_for(model)
+        transformers_hook.describe(model, manifest.to_dict() if fields is None else None, fields or {})
     elif library == "timm":
         timm_hook.describe(model, manifest.to_dict())
     return manifest
@@ -107,6 +113,7 @@ def note(model: nn.Module, record: "PruneRecord") -> None:
         "macs": list(record.macs),
         "difference_from_silenced": record.difference,
         "not_compared_because": record.not_exact,
+        "base_model": base_model_of(model),
         "versions": versions(),
     }
     vars(model)[HISTORY] = [*history_of(model), step]

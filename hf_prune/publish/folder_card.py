@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_prune.errors import HfPruneError, ManifestError
+from hf_prune.errors import HfPruneError
 from hf_prune.measure.report import REPORT_NAME, Report
 from hf_prune.measure.widths import plot_widths
 from hf_prune.publish.card import TAGS, environment, hub_id, render_card
@@ -62,8 +62,6 @@ def _card_of_run(folder: Path, model_id: str | None) -> ModelCard:
 def _card_of_cut(folder: Path, model_id: str | None, license_name: str | None) -> ModelCard:
     config = _read(folder / CONFIG)
     manifest = config.get("hf_prune") or (config.get("model_args") or {}).get("manifest")
-    if not isinstance(manifest, Mapping):
-        raise ManifestError(f"'{folder}' must hold a model that hf_prune pruned, but its config has no manifest")
     history = _read(folder / HISTORY_FILE, default=[])
     if not history:
         raise HfPruneError(
@@ -71,7 +69,7 @@ def _card_of_cut(folder: Path, model_id: str | None, license_name: str | None) -
         )
     widths = widths_of(history)
     plot_widths(widths, folder / WIDTHS)
-    base, name = manifest.get("base_model"), model_id or folder.resolve().name
+    base, name = (manifest or history[0]).get("base_model"), model_id or folder.resolve().name
     library = "transformers" if "model_type" in config else str(config.get("library", "timm"))
     data = ModelCardData(
         library_name=None if library == "torch" else library,
@@ -84,9 +82,10 @@ def _card_of_cut(folder: Path, model_id: str | None, license_name: str | None) -
     )
     page = environment().get_template("cut.md.jinja").render(
         title=name,
+        needs_import=manifest is not None,
         base=base,
         licence=license_name,
-        load_snippet=_snippet(config, library, name if model_id else str(folder.name)),
+        load_snippet=_snippet(config, library, model_id or folder.resolve().name, needs_import=manifest is not None),
         before_after=_before_after(history, _read(folder / MEASUREMENTS_FILE, default={})),
         measured=_read(folder / MEASUREMENTS_FILE, default={}),
         history=history,
@@ -111,14 +110,15 @@ def _task(config: Mapping[str, Any], library: str) -> str | None:
     return "image-classification" if library == "timm" and config.get("num_classes") else "image-feature-extraction"
 
 
-def _snippet(config: Mapping[str, Any], library: str, name: str) -> str:
+def _snippet(config: Mapping[str, Any], library: str, name: str, *, needs_import: bool) -> str:
     if library == "timm":
         source = "hf-hub" if "/" in name else "local-dir"
         return f'import hf_prune\nimport timm\n\nmodel = timm.create_model("{source}:{name}", pretrained=True)'
     if library == "torch":
         return f'import hf_prune\n\nmodel = hf_prune.load("{name}", constructor={config.get("class", "Model")})'
     kind = (config.get("architectures") or ["AutoModel"])[0]
-    return f'import hf_prune\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")'
+    first = "import hf_prune\n" if needs_import else ""
+    return f'{first}from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")'
 
 
 def widths_of(history: list[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:

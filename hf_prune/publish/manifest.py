@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -56,7 +57,7 @@ class Manifest:
 
     def is_of_this_release(self, library: str) -> bool:
         """Return whether the library that lays the model out is the one of the time of saving, up to fixes."""
-        return _release(self.created_with.get(library, "")) == _release(version(library))
+        return _release(self.created_with.get(library, "")) == _release(_installed(library))
 
     def without_tokens(self) -> "Manifest":
         """Return the manifest of a part of the model that runs no blocks."""
@@ -154,6 +155,11 @@ def checkpoint_prefixes(checkpoint_keys: Iterable[str]) -> tuple[str, str]:
     others = (re.match(r"(.*?)\.\d+\.", key) for key in keys if not key.startswith(selectors))
     blocks, _ = Counter(match.group(1) for match in others if match).most_common(1)[0]
     return blocks, selectors
+
+
+@cache
+def _installed(library: str) -> str:
+    return version(library)
 
 
 def _release(number: str) -> list[str]:

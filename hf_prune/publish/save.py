@@ -155,11 +155,13 @@ def load(
     """
     path = _local(folder_or_id, revision, token)
     config, data = _read_config(path)
-    manifest = Manifest.from_dict(data)
-    manifest.require_names(checkpoint_keys(path))
+    # A model of transformers may say all by the fields of its configuration.
+    manifest = None if data is None else Manifest.from_dict(data)
+    if manifest is not None:
+        manifest.require_names(checkpoint_keys(path))
     if "architecture" in config and "model_type" not in config:
         model = _load_timm(path)
-    elif config.get("library") == "torch":
+    elif manifest is not None and config.get("library") == "torch":
         model = _load_own(path, manifest, constructor)
     else:
         model = _load_transformers(path, config)
@@ -177,7 +179,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Any]:
         raise ModelLoadError(f"no model could be read from '{path}': {CONFIG}: {err}") from err
     arguments = config.get("model_args")
     data = config.get(KEY) or (arguments.get("manifest") if isinstance(arguments, dict) else None)
-    if data is None:
+    if data is None and not ("model_type" in config and (path / HISTORY_FILE).is_file()):
         raise ManifestError(
             f"'{path / CONFIG}' holds no `{KEY}` manifest: it is not a model that hf_prune pruned; "
             f"load it with transformers or timm"

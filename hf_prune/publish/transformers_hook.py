@@ -2,13 +2,16 @@
 
 import copy
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_prune.publish.manifest import KEY
+
+NUMBER = re.compile(r"\.\d+\.")
 
 
 def install() -> None:
@@ -54,7 +57,9 @@ def _build(model: Any, data: Any) -> None:
     if manifest.tokens is not None and not hasattr(tokens_owner(model), "embeddings"):
         manifest = manifest.without_tokens()
     whole = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
-    build(model, manifest, checkpoint_names(model), whole=whole, dense=lambda: _dense_skeleton(model))
+    tensors = (manifest.structure or {}).get("tensors")
+    names = checkpoint_names(model, [*map(str, tensors)] if isinstance(tensors, Mapping) else (), whole=whole)
+    build(model, manifest, names, whole=whole, dense=lambda: _dense_skeleton(model))
 
 
 def _dense_skeleton(model: Any) -> nn.Module:
@@ -78,17 +83,49 @@ def disk_names(model: Any, others: Iterable[str] = ()) -> dict[str, str]:
     from hf_prune.analyse.running import named_tensors
 
     own = {**model.state_dict(), **named_tensors(model)}
-    tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
-    tensors |= {name: torch.empty(1, device="meta") for name in others}
+    shapes = {name: tensor.shape for name, tensor in own.items()} | dict.fromkeys(others, torch.Size([1]))
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     ours = {id(tensor): name for name, tensor in tensors.items()}
     renamed = {ours.get(id(tensor)): name for name, tensor in revert_weight_conversion(model, dict(tensors)).items()}
     return {name: renamed.get(name, name) for name in tensors}
 
 
-def checkpoint_names(model: Any) -> dict[str, str]:
+def disk_names_by_pattern(model: Any, others: Iterable[str] = ()) -> dict[str, str] | None:
+    """Return what `disk_names` does, ten times as fast: blocks that differ in their number are renamed as the first is.
+
+    None if the names in the file do not have the numbers where the names in the model have them.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from hf_prune.analyse.running import named_tensors
+
+    numbered = {name: NUMBER.search(name) for name in (*model.state_dict(), *named_tensors(model), *others)}
+    patterns = {name: NUMBER.sub(".0.", name, count=1) for name in numbered}
+    tensors = {pattern: torch.empty(1, device="meta") for pattern in patterns.values()}
+    ours = {id(tensor): pattern for pattern, tensor in tensors.items()}
+    try:
+        reverted = revert_weight_conversion(model, dict(tensors))
+    except (RuntimeError, IndexError, ValueError):
+        return None  # merged tensors have shapes that matter
+    renamed = {ours.get(id(tensor)): name for name, tensor in reverted.items()}
+    names = {}
+    for name, number in numbered.items():
+        disk = renamed.get(patterns[name])
+        if disk is None or (number is not None and ".0." not in disk):
+            return None
+        names[name] = disk if number is None else NUMBER.sub(number.group(), disk, count=1)
+    return names
+
+
+def checkpoint_names(model: Any, wanted: Collection[str] = (), *, whole: bool = True) -> dict[str, str]:
     """Return the name in a model for every name in a checkpoint of it, of its base model, or of one with a head.
 
     Parts that an inner model has lost already count with what they were.
+
+    Args:
+        model: Skeleton.
+        wanted: Names that should be found; if the quick way finds them, it will do.
+        whole: Whether all of them should be, or most.
     """
     from hf_prune.surgery.structure import KEY as STRUCTURE
 
@@ -99,15 +136,27 @@ def checkpoint_names(model: Any) -> dict[str, str]:
         if structure is not None
         for removed in structure.removed.values()
     ]
-    names = {disk: now for now, disk in disk_names(model, lost).items()}
+    quick = disk_names_by_pattern(model, lost) if wanted else None
+    if quick is not None:
+        found = _with_and_without_prefix(model, quick)
+        num_missing = sum(name not in found for name in wanted)
+        if num_missing <= (0 if whole else len(wanted) // 2):
+            return found
+    return _with_and_without_prefix(model, disk_names(model, lost))
+
+
+def _with_and_without_prefix(model: Any, disk_names: Mapping[str, str]) -> dict[str, str]:
+    names = {disk: now for now, disk in disk_names.items()}
     prefix = f"{model.base_model_prefix}."
     more = {disk.removeprefix(prefix): now for disk, now in names.items()}
     more |= {prefix + disk: now for disk, now in names.items()}
     return {now: now for now in names.values()} | more | names
 
 
-def describe(model: Any, manifest: dict[str, Any] | None) -> None:
-    """Write a manifest into a model's config, so that `save_pretrained` saves it."""
+def describe(model: Any, manifest: dict[str, Any] | None, fields: Mapping[str, Any]) -> None:
+    """Write a manifest, or else fields, into a model's config, so that `save_pretrained` saves it."""
+    for name, value in fields.items():
+        setattr(model.config, name, value)
     if manifest is None:
         vars(model.config).pop(KEY, None)
     else:

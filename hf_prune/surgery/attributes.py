@@ -131,7 +131,8 @@ FROM_WEIGHTS = (
 def set_known_layers(model: nn.Module, groups: dict[str, int]) -> Attributes:
     """Set the sizes that torch's own layers keep, from the tensors they hold now."""
     done: Attributes = {}
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             continue
@@ -152,7 +153,7 @@ def set_known_layers(model: nn.Module, groups: dict[str, int]) -> Attributes:
         changed = {name: value for name, value in wanted.items() if getattr(module, name) != value}
         if changed:
             done[path] = changed
-    set_attributes(dict(model.named_modules()), done)
+    set_attributes(modules, done)
     return done
 
 

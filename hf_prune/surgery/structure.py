@@ -197,12 +197,14 @@ def rebuild(model: nn.Module, structure: Structure) -> None:
     for name, shape in structure.shapes.items():
         if name in tensors and any(n not in (None, m) for n, m in zip(shape, tensors[name].shape, strict=True)):
             new[id(tensors[name])] = _narrowed(tensors[name], shape)
-    exchange(model, new)
     modules = dict(model.named_modules())
     _keep_cut_buffers(modules, structure.shapes)
     set_attributes(modules, structure.attributes)
-    set_known_layers(model, {})
-    install(model, structure.calls)
+    if new:
+        exchange(model, new)
+        set_known_layers(model, {})  # by weights and groups
+    if structure.calls:
+        install(model, structure.calls)
     set_feature_channels(model, structure.features)
     vars(model)[KEY] = structure
 
@@ -216,5 +218,9 @@ def _replacement(module: nn.Module, removed: Removed) -> nn.Module:
 
 
 def _narrowed(tensor: Tensor, shape: Shape) -> Tensor:
-    part = tensor[tuple(slice(n) for n in shape)].clone(memory_format=torch.contiguous_format)
+    if tensor.is_meta:
+        lengths = [m if n is None else n for n, m in zip(shape, tensor.shape, strict=True)]
+        part = torch.empty(lengths, dtype=tensor.dtype, device="meta")
+    else:
+        part = tensor[tuple(slice(n) for n in shape)].clone(memory_format=torch.contiguous_format)
     return nn.Parameter(part, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

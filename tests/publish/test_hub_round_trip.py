@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError
@@ -84,6 +85,12 @@ def test_timm_loads_from_the_hub(hub, elsewhere):
     assert torch.equal(elsewhere.answer("timm", "me/small-resnet", "half"), answer(model))
 
 
+def test_timm_pushes_by_itself(hub, elsewhere):
+    model = cut(timm_model("mobilenetv3_small_050"))
+    timm.models.push_to_hf_hub(model, "me/by-timm")
+    assert torch.equal(elsewhere.answer("timm", "me/by-timm", "main"), answer(model))
+
+
 def test_the_card_is_by_the_rules_and_its_snippet_works(hub, elsewhere, tmp_path, processor):
     model = cut(hf_vit())
     model.config._name_or_path = "google/vit-small"
@@ -111,7 +118,8 @@ def test_the_card_is_by_the_rules_and_its_snippet_works(hub, elsewhere, tmp_path
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "etag"])
-def test_a_bad_line_while_loading_is_an_error_and_the_next_try_succeeds(fault, hub, tmp_path):
+def test_a_bad_line_while_loading_is_an_error_and_the_next_try_succeeds(fault, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the retries of huggingface_hub
     model = cut(hf_vit())
     repo_id = f"me/{fault}"  # commits are remembered by that name
     hf_prune.push_to_hub(model, repo_id)
@@ -141,7 +149,8 @@ def test_a_push_that_fails_anywhere_publishes_nothing_and_can_be_repeated(route,
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.commits("me/small-vit")[0].files)
 
 
-def test_a_connection_that_breaks_in_mid_upload(hub):
+def test_a_connection_that_breaks_in_mid_upload(hub, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the retries of huggingface_hub
     model = cut(hf_vit())
     hub.cut_uploads()
     with pytest.raises(HfPruneError, match="could not be pushed"):

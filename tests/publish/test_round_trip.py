@@ -177,6 +177,35 @@ def test_without_hf_prune_it_fails_loudly(tmp_path):
     assert "Unknown model (hf_prune)" in done.stderr
 
 
+EVEN = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+assert "hf_prune" not in sys.modules
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def test_an_even_cut_loads_without_hf_prune(tmp_path):
+    model = hf_vit()
+    graph = hf_prune.analyze(model)
+    mlps = {name: range(5, axis.size) for name, axis in graph.axes.items() if axis.kind == "mlp"}
+    hf_prune.apply_plan(model, hf_prune.Plan.of(graph, mlps), graph)
+    assert model.config.intermediate_size == 35
+    hf_prune.save(model, tmp_path / "out")
+    assert "hf_prune" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "without `hf_prune`" in hf_prune.write_card(tmp_path / "out").read_text()
+    torch.save(IMAGES, tmp_path / "images.pt")
+    files = [tmp_path / name for name in ("out", "images.pt", "answer.pt")]
+    subprocess.run([sys.executable, "-c", EVEN, *files], check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "answer.pt"), answer(model))
+    loaded = hf_prune.load(tmp_path / "out")
+    assert torch.equal(answer(loaded), answer(model))
+    cut(loaded)
+    hf_prune.save(loaded, tmp_path / "uneven")
+    assert torch.equal(answer(hf_prune.load(tmp_path / "uneven")), answer(loaded))
+
+
 def test_importing_costs_nothing_and_the_hooks_are_there_in_any_order(tmp_path):
     cut(hf_vit()).save_pretrained(tmp_path)
     light = "import sys, hf_prune; assert not {'torch', 'transformers', 'timm'} & set(sys.modules)"
