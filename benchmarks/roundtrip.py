@@ -51,7 +51,7 @@ def save(name: str, folder: Path, record: dict[str, Any]) -> None:
     hf_prune.save(model, folder, constructor=lambda: build(name)[0])
     record["save_s"] = round(time.perf_counter() - started, 2)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    manifest = config.get("hf_prune") or config["model_args"]["manifest"]
+    manifest = config.get("hf_prune") or (config.get("model_args") or {}).get("manifest")
     record["manifest_kb"] = round(len(json.dumps(manifest)) / 1024, 1)
     record["library"] = (
         "transformers" if isinstance(model, transformers.PreTrainedModel) else config.get("library", "timm")

@@ -1,8 +1,7 @@
 """What is on record of a pruned model, in memory: its manifest, its history, and what its own saver will write."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -22,23 +21,12 @@ HISTORY = "_hf_prune_history"
 BASE_MODEL = "_hf_prune_base_model"
 
 
-@dataclass(frozen=True)
-class Library:
-    """What saves and loads a model.
-
-    Attributes:
-        name: "transformers", "timm" or "torch", the last for a user's own classes.
-    """
-
-    name: str
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Library":
-        """Return the library of a model, without importing any."""
-        names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
-        if "transformers.modeling_utils.PreTrainedModel" in names:
-            return cls("transformers")
-        return cls("timm" if timm_hook.base_of(model) else "torch")
+def library_of(model: nn.Module) -> Literal["transformers", "timm", "torch"]:
+    """Return what saves and loads a model, "torch" for a user's own classes; no library is imported for that."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
+    if "transformers.modeling_utils.PreTrainedModel" in names:
+        return "transformers"
+    return "timm" if timm_hook.base_of(model) else "torch"
 
 
 def manifest_of(model: nn.Module, base_model: str | None = None) -> Manifest:
@@ -59,7 +47,7 @@ def manifest_of(model: nn.Module, base_model: str | None = None) -> Manifest:
             f"a dense model is saved as always"
         )
     gone = [removed.tensor for removed in structure.removed.values()]
-    if Library.of(model).name == "transformers":
+    if library_of(model) == "transformers":
         names = transformers_hook.disk_names(model, gone)
     else:
         names = {name: name for name in (*model.state_dict(), *named_tensors(model), *gone)}
@@ -91,7 +79,7 @@ def describe(model: nn.Module, base_model: str | None = None) -> Manifest:
     Where the configuration of a transformers model can say all of it, it does, and there is no manifest.
     """
     manifest = manifest_of(model, base_model)
-    library = Library.of(model).name
+    library = library_of(model)
     if library == "transformers":
         fields = None if manifest.tokens is not None else fields_for(model)
         transformers_hook.describe(model, manifest.to_dict() if fields is None else None, fields or {})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_prune.analyse.running import named_tensors
 from hf_prune.errors import HfPruneError, ManifestError, ModelLoadError, UnsupportedModelError
 from hf_prune.publish import timm_hook, transformers_hook
-from hf_prune.publish.describe import HISTORY, Library, describe, history_of
+from hf_prune.publish.describe import HISTORY, describe, history_of, library_of
 from hf_prune.publish.folder import CONFIG, replaced
 from hf_prune.publish.manifest import KEY, Manifest
 from hf_prune.publish.skeleton import build, require_same_shapes
@@ -64,7 +64,7 @@ def save(
     manifest = describe(model, base_model).to_dict()
     require_same_shapes(model, _skeleton(model, manifest, constructor))
     with replaced(target) as partial:
-        library = Library.of(model).name
+        library = library_of(model)
         if library == "transformers":
             cast(Any, model).save_pretrained(partial)
         else:
@@ -80,7 +80,7 @@ def save(
 
 
 def _skeleton(model: nn.Module, manifest: dict[str, Any], constructor: Callable[[], nn.Module] | None) -> nn.Module:
-    library = Library.of(model).name
+    library = library_of(model)
     if library == "transformers":
         transformers_hook.install()
         return transformers_hook.skeleton_of(model)
