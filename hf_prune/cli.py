@@ -14,6 +14,11 @@ app = typer.Typer(help="Prune HuggingFace and timm vision models.", no_args_is_h
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or timm name.")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels; default: what the model was made for.")]
+Macs = Annotated[float | None, typer.Option(help="Budget of multiply-accumulates: up to 1 of dense, else absolute.")]
+Params = Annotated[float | None, typer.Option(help="Budget of parameters: up to 1 a fraction of dense, else absolute.")]
+Latency = Annotated[float | None, typer.Option(help="Budget of milliseconds a batch here: up to 1 of dense, else ms.")]
+LatencyBatch = Annotated[int, typer.Option(help="Images a batch, for a budget of latency.")]
+Table = Annotated[Path | None, typer.Option("--latency-table", help="A table measured before, instead of a new one.")]
 Pretrained = Annotated[bool, typer.Option(help="Load weights; without them a timm model is built at random.")]
 
 
@@ -37,10 +42,13 @@ def analyze(model: Model, image_size: ImageSize = None, pretrained: Pretrained =
 def plan(
     model: Model,
     output: Annotated[Path, typer.Option(help="JSON file to write.")],
-    macs: Annotated[float | None, typer.Option(help="Budget: fraction of dense up to 1, else absolute.")] = None,
-    params: Annotated[float | None, typer.Option(help="Budget: fraction of dense up to 1, else absolute.")] = None,
+    macs: Macs = None,
+    params: Params = None,
+    latency_ms: Latency = None,
+    latency_batch: LatencyBatch = 1,
+    latency_table: Table = None,
     criterion: Annotated[str, typer.Option(help="How units are scored; one that needs no data.")] = "magnitude",
-    allocator: Annotated[str, typer.Option(help="uniform, global_rank or isomorphic.")] = "isomorphic",
+    allocator: Annotated[str, typer.Option(help="uniform, global_rank, isomorphic or knapsack.")] = "isomorphic",
     round_to: Annotated[int, typer.Option(help="Sizes become multiples of this.")] = 1,
     protect: Annotated[list[str] | None, typer.Option(help="Pattern of axes that stay whole; may be repeated.")] = None,
     image_size: ImageSize = None,
@@ -56,18 +64,16 @@ def plan(
         decided = pipeline.plan(
             network,
             _inputs(image_size),
-            budget=Budget(macs=macs, params=params),
+            budget=Budget(macs=macs, params=params, latency_ms=latency_ms),
             criterion=criterion,
             allocator=allocator,
             limits=Limits(round_to=round_to, protect=protect or ()),
+            table=_table(latency_table),
+            batch_size=latency_batch,
         )
         decided.write(output)
     for name, units in decided.kept.items():
         typer.echo(f"{name}: {len(units)} of {decided.sizes[name]}")
-
-
-Macs = Annotated[float | None, typer.Option(help="Budget: fraction of dense up to 1, else absolute.")]
-Params = Annotated[float | None, typer.Option(help="Budget: fraction of dense up to 1, else absolute.")]
 
 
 @app.command()
@@ -76,9 +82,12 @@ def prune(
     output: Annotated[Path, typer.Option(help="Folder to save to.")],
     macs: Macs = None,
     params: Params = None,
+    latency_ms: Latency = None,
+    latency_batch: LatencyBatch = 1,
+    latency_table: Table = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan made before, instead of a budget.")] = None,
     criterion: Annotated[str, typer.Option(help="How units are scored; one that needs no data.")] = "magnitude",
-    allocator: Annotated[str, typer.Option(help="uniform, global_rank or isomorphic.")] = "isomorphic",
+    allocator: Annotated[str, typer.Option(help="uniform, global_rank, isomorphic or knapsack.")] = "isomorphic",
     round_to: Annotated[int, typer.Option(help="Sizes become multiples of this.")] = 1,
     image_size: ImageSize = None,
     pretrained: Pretrained = True,
@@ -100,9 +109,15 @@ def prune(
         if plan_file is not None:
             decided = Plan.read(plan_file)
         else:
-            limits, budget = hf_prune.Limits(round_to=round_to), hf_prune.Budget(macs=macs, params=params)
             decided = hf_prune.plan(
-                network, graph=graph, budget=budget, criterion=criterion, allocator=allocator, limits=limits
+                network,
+                graph=graph,
+                budget=hf_prune.Budget(macs=macs, params=params, latency_ms=latency_ms),
+                criterion=criterion,
+                allocator=allocator,
+                limits=hf_prune.Limits(round_to=round_to),
+                table=_table(latency_table),
+                batch_size=latency_batch,
             )
         record = hf_prune.apply_plan(network, decided, graph)
         found = hf_prune.compare(dense, network, inputs, batch_sizes=batch_size or (1, 16))
@@ -131,21 +146,28 @@ def measure(model: Model, batch_size: int = 1, image_size: ImageSize = None, pre
 def latency_table(
     model: Model,
     output: Annotated[Path, typer.Option(help="JSON file to write.")],
-    batch_size: int = 32,
+    batch_size: int = 1,
+    tokens: Annotated[
+        bool, typer.Option(help="Blocks at many token counts, for SPViT, in place of operators.")
+    ] = False,
+    image_size: ImageSize = None,
     pretrained: Pretrained = True,
 ) -> None:
-    """Time the blocks of a vision transformer at many token counts, for token pruning to a latency."""
-    from hf_prune.analyse.inputs import inputs_for
+    """Time every operator of a model at many sizes on this machine, for budgets of milliseconds."""
+    from hf_prune import pipeline
     from hf_prune.measure.latency_table import measure_latency_table
-    from hf_prune.tokens.config import TokenPruningConfig
-    from hf_prune.tokens.site import find_site
 
     with _plain_errors():
         network = load_any(model, pretrained=pretrained).eval()
-        settings = TokenPruningConfig(before_blocks=(1,), keep_ratios=(0.5,), num_heads=find_site(network).num_heads)
-        image = inputs_for(network)
-        pixels = (image["pixel_values"] if isinstance(image, dict) else image).repeat(batch_size, 1, 1, 1)
-        measure_latency_table(network, pixels, settings).write(output)
+        if tokens:
+            _measure_tokens(network, batch_size).write(output)
+        else:
+            graph = pipeline.analyze(network, _inputs(image_size))
+            table = measure_latency_table(network, graph, batch_size=batch_size)
+            table.write(output)
+            for title, both in (("dense model", table.dense), ("a quarter of every width", table.quarter)):
+                found = f"{both.whole_ms:.2f} ms, operators added up {both.sum_ms:.2f} ms"
+                typer.echo(f"{title}: {found} ({both.additivity_error:+.1%})")
     typer.echo(f"written to {output}")
 
 
@@ -171,6 +193,24 @@ def push(
     with _plain_errors():
         hf_prune.write_card(folder, model_id=repo_id)
         typer.echo(hf_prune.push_folder(folder, repo_id, private=private, revision=revision))
+
+
+def _table(path: Path | None) -> Any:
+    from hf_prune.measure.latency_table import LatencyTable
+
+    return None if path is None else LatencyTable.read(path)
+
+
+def _measure_tokens(network: Any, batch_size: int) -> Any:
+    from hf_prune.analyse.inputs import inputs_for
+    from hf_prune.measure.token_table import measure_token_table
+    from hf_prune.tokens.config import TokenPruningConfig
+    from hf_prune.tokens.site import find_site
+
+    settings = TokenPruningConfig(before_blocks=(1,), keep_ratios=(0.5,), num_heads=find_site(network).num_heads)
+    image = inputs_for(network)
+    pixels = (image["pixel_values"] if isinstance(image, dict) else image).repeat(batch_size, 1, 1, 1)
+    return measure_token_table(network, pixels, settings)
 
 
 def _provenance(name: str, model: Any) -> tuple[str | None, str | None]:

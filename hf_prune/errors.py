@@ -64,3 +64,7 @@ class PlanError(HfPruneError, ValueError):
 
 class CriterionError(HfPruneError, ValueError):
     """A criterion is unknown, is set up wrongly, lacks data, or cannot score an axis."""
+
+
+class CompensationError(HfPruneError, ValueError):
+    """Compensation is set up wrongly or lacks images."""

@@ -1,13 +1,15 @@
 """Analyse, score, allocate, cut, verify: the whole road on one screen."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from hf_prune.allocate.allocators import Allocator, Limits, allocator_named, best, meet_budget
-from hf_prune.allocate.budget import Budget
+from hf_prune.allocate.allocators import Allocator, Limits, Problem, allocator_named, best
+from hf_prune.allocate.budget import Budget, cost_of
 from hf_prune.allocate.plan import Plan
 from hf_prune.analyse.cost import Cost
 from hf_prune.analyse.graph import AxisGraph, build_graph
@@ -15,7 +17,10 @@ from hf_prune.analyse.inputs import inputs_for, require_plain_tensors
 from hf_prune.analyse.running import named_tensors
 from hf_prune.analyse.trace import trace
 from hf_prune.errors import BudgetError, PlanError, SurgeryError
+from hf_prune.measure.closing import meet_latency, time_cut
+from hf_prune.measure.latency_table import LatencyTable, measure_latency_table, table_setting
 from hf_prune.publish.describe import note
+from hf_prune.recover.compensate import How, compensated
 from hf_prune.score.base import Criterion, relative
 from hf_prune.score.registry import criterion as criterion_named
 from hf_prune.surgery.apply import Kept, cut
@@ -93,8 +98,13 @@ def plan(
     limits: Limits | None = None,
     data: Iterable[Any] | None = None,
     graph: AxisGraph | None = None,
+    table: LatencyTable | None = None,
+    batch_size: int = 1,
 ) -> Plan:
     """Decide what to keep, without changing the model.
+
+    A budget in milliseconds is met by measurement: plans are made by a latency table, a copy of the model is cut and
+    timed beside the dense one, and the aim is corrected until the time is within five percent of the budget.
 
     Args:
         model: Any `nn.Module`.
@@ -102,14 +112,17 @@ def plan(
         budget: What the pruned model may cost. Either this or `keep_ratio`.
         keep_ratio: Share of every axis to keep, instead of a budget and an allocator.
         criterion: How units are scored, by name or instance; see `hf_prune.score.registry`.
-        allocator: How the budget is shared out: uniform, global_rank, isomorphic, or a function.
+        allocator: How the budget is shared out: uniform, global_rank, isomorphic, knapsack, or a function.
         kinds: Kinds of axes that may be pruned, instead of those of `limits`.
         limits: Kinds, protected axes, rounding, minimum sizes.
         data: Batches, for criteria that look at data.
         graph: The analysis, if it was made before.
+        table: Latencies of this model on its device; None measures them where the budget is in milliseconds.
+        batch_size: Images a batch, for a budget in milliseconds without a table.
 
     Raises:
         BudgetError: If the budget cannot be met.
+        LatencyTableError: If the table is of another model, device, or setting.
         PlanError: If nothing would be pruned.
         CriterionError: If the criterion is unknown or lacks data.
     """
@@ -125,14 +138,45 @@ def plan(
     if not rule.comparable:
         # As Torch-Pruning does by default (Fang et al., DepGraph, CVPR 2023): every axis has mean 1.
         scores = {name: relative(values) for name, values in scores.items()}
+    how = _how(rule, keep_ratio, budget, allocator)
     if keep_ratio is not None:
         wanted = {axis.name: limits.apply(axis, round(axis.size * keep_ratio)) for axis in axes}
-        kept = best(scores, wanted)
-    else:
-        assert budget is not None
-        cost, limit = budget.measure(Cost.of(graph))
-        kept = meet_budget(axes, scores, allocator_named(allocator)(axes, scores), cost, limit, limits)
-    return replace(Plan.of(graph, kept), how=_how(rule, keep_ratio, budget, allocator))
+        return replace(Plan.of(graph, best(scores, wanted)), how=how)
+    assert budget is not None
+    if budget.latency_ms is not None:
+        table = table or measure_latency_table(model, graph, batch_size=batch_size)
+        table.require_same_setting(table_setting(model, table.batch_size))
+        limits = replace(limits, round_to=math.lcm(limits.round_to, table.step))
+    problem, share_out = Problem(axes, scores, *cost_of(graph, budget, table), limits), allocator_named(allocator)
+
+    def decide(limit: float) -> Plan:
+        kept = best(scores, share_out(replace(problem, limit=limit)))
+        return replace(Plan.of(graph, kept), how=how)
+
+    if budget.latency_ms is None:
+        return decide(problem.limit)
+    assert table is not None
+    return _plan_in_time(model, graph, decide, problem, table, is_share=budget.value <= 1)
+
+
+def _plan_in_time(
+    model: nn.Module,
+    graph: AxisGraph,
+    decide: Callable[[float], Plan],
+    problem: Problem,
+    table: LatencyTable,
+    *,
+    is_share: bool,
+) -> Plan:
+    """Make plans until one takes as long as it may, measured; a share is one of the dense model timed beside it."""
+
+    def measured_ms(plan: Plan) -> float:
+        dense_ms, cut_ms = time_cut(model, graph, plan.on(graph), table.batch_size)
+        return cut_ms / dense_ms * problem.cost({}) if is_share else cut_ms
+
+    plan, predicted_ms, found_ms = meet_latency(decide, measured_ms, problem.limit)
+    timing = {"predicted latency": f"{predicted_ms:.3g} ms", "measured latency": f"{found_ms:.3g} ms"}
+    return replace(plan, how=plan.how | timing | {"batch": str(table.batch_size), "device": table.device_name})
 
 
 def _how(
@@ -142,8 +186,10 @@ def _how(
     how = {"criterion": rule.name}
     if budget is None:
         return how | {"keep ratio of every width": f"{keep_ratio:g}"}
-    limit = ", ".join(f"{name} {value:g}" for name, value in vars(budget).items() if value is not None)
-    return how | {"budget": limit, "allocator": allocator if isinstance(allocator, str) else "a function"}
+    return how | {
+        "budget": f"{budget.quantity} {budget.value:g}",
+        "allocator": allocator if isinstance(allocator, str) else "a function",
+    }
 
 
 def apply_plan(model: nn.Module, decided: Plan, graph: AxisGraph, *, verify: bool = True) -> PruneRecord:
@@ -233,18 +279,31 @@ def _cut_verified(model: nn.Module, graph: AxisGraph, kept: Kept, repairs: Repai
             return attempt()
 
 
-def prune(model: nn.Module, example_inputs: Any = None, **settings: Any) -> nn.Module:
+def prune(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    compensation: How | None = None,
+    data: Iterable[Any] | None = None,
+    **settings: Any,
+) -> nn.Module:
     """Prune a model in place and return it: analysed, scored, cut, repaired and verified.
 
     Args:
         model: Any `nn.Module`; of the same class afterwards.
         example_inputs: A tensor, a tuple or a dictionary of keyword arguments; None takes them from the model's own
             configuration.
+        compensation: Let the weights that stay take over from those that go, without training: "least_squares" or
+            "mean"; see `hf_prune.recover.compensate`.
+        data: Batches, for compensation and for criteria that look at data; gone through more than once, so a list or
+            a loader rather than a generator.
         settings: See `plan`.
 
     Raises:
         HfPruneError: One of its kinds, and the model is as it was.
     """
     graph = analyze(model, example_inputs)
-    apply_plan(model, plan(model, graph=graph, **settings), graph)
+    decided = plan(model, graph=graph, data=data, **settings)
+    with nullcontext() if compensation is None else compensated(model, graph, decided, data, how=compensation):
+        apply_plan(model, decided, graph)
     return model

@@ -23,9 +23,9 @@ from torch import nn
 
 from hf_prune.errors import HfPruneError, RecipeError
 from hf_prune.measure.evidence import TargetShare, latency_ratio, time_models
-from hf_prune.measure.latency_table import LatencyTable, measure_latency_table, table_setting
 from hf_prune.measure.report import print_report
 from hf_prune.measure.token_cost import BlockProbe, TokenCost
+from hf_prune.measure.token_table import TokenTable, measure_token_table, table_setting
 from hf_prune.publish.run_folder import Evidence, publish_run
 from hf_prune.recipe.job import Job, open_job
 from hf_prune.recipe.settings import RecipeSettings, parse
@@ -129,7 +129,7 @@ def main(settings: Settings) -> None:
     job.run.accelerator.end_training()
 
 
-def open_table(job: Job[Settings]) -> LatencyTable:
+def open_table(job: Job[Settings]) -> TokenTable:
     """Read the given latency table, or the one a resumed run began with, or measure one."""
     settings, run, dense = job.settings, job.run, job.dense.model
     path = run.output_dir / "latency_table.json"
@@ -137,14 +137,14 @@ def open_table(job: Job[Settings]) -> LatencyTable:
     making = selector_making(job)
     if run.is_main and not (settings.resume_from_checkpoint and path.is_file()):
         if settings.latency_table is not None:
-            table = LatencyTable.read(Path(settings.latency_table))
+            table = TokenTable.read(Path(settings.latency_table))
             table.require_same_setting(table_setting(BlockProbe(dense, pixels, making)))
         else:
             run.say(f"measuring a latency table at batch {settings.latency_batch_size} ...")
-            table = measure_latency_table(dense, pixels, making)
+            table = measure_token_table(dense, pixels, making)
         table.write(path)
     run.accelerator.wait_for_everyone()
-    return LatencyTable.read(path)
+    return TokenTable.read(path)
 
 
 def selector_making(job: Job[Settings]) -> TokenPruningConfig:
@@ -287,7 +287,7 @@ def train_selectors(
     )
 
 
-def fit_latency(job: Job[Settings], pruned: nn.Module, table: LatencyTable) -> TargetShare | None:
+def fit_latency(job: Job[Settings], pruned: nn.Module, table: TokenTable) -> TargetShare | None:
     """Set thresholds for the keep ratios, shifting them until the latency on validation images is the target."""
     settings, batches = job.settings, job.calibration_batches()
     if settings.keep_ratios is not None:

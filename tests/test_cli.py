@@ -61,10 +61,23 @@ def test_a_plan_made_before_is_used(tmp_path):
     assert float(re.search(r"parameters: .*\((\d+)%\)", said).group(1)) <= 70
 
 
+def test_a_latency_table_is_measured_and_used(tmp_path):
+    said = run("latency-table", "test_vit", "--no-pretrained", "--output", tmp_path / "table.json")
+    assert "operators added up" in said
+    run("plan", "test_vit", "--no-pretrained", "--latency-ms", 1e9, "--latency-table", tmp_path / "table.json",
+        "--output", tmp_path / "plan.json", code=1)  # fmt: skip
+    said = run("plan", "test_vit", "--no-pretrained", "--latency-ms", 0.9, "--latency-table",
+                              tmp_path / "no.json", "--output", tmp_path / "plan.json", code=1)  # fmt: skip
+    assert "no latency table could be read" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("prune", "resnet18", "--no-pretrained", "--macs", 1e15, "--output", "x"), "must be below those of the dense"),
+        (
+            ("prune", "resnet18", "--no-pretrained", "--macs", 1e15, "--output", "x"),
+            "must be below what the dense model costs",
+        ),
         (("prune", "resnet18", "--no-pretrained", "--output", "x"), "must set one of"),
         (("card", "nowhere"), "must be there"),
         (("push", "nowhere", "me/x"), "must be there"),

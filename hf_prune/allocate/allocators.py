@@ -1,8 +1,8 @@
-"""Which units go first: ways to turn scores into one order of removal.
+"""Share a budget out among axes: from scores and a cost to the number of units that each axis keeps.
 
-An allocator maps scores to a function of one number, the pruning ratio from 0 to 1, that tells what remains. What
-remains at a larger ratio is a part of what remains at a smaller one, so that a smaller budget never gives a larger
-model, and a budget is met by bisection.
+Three of the allocators turn scores into one order of removal: a function of one number, the pruning ratio from 0 to 1,
+that tells what remains. What remains at a larger ratio is a part of what remains at a smaller one, so that a smaller
+budget never gives a larger model, and the budget is met by bisection. The fourth is a knapsack; see `knapsack.py`.
 """
 
 from collections import defaultdict
@@ -13,12 +13,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from hf_prune.allocate.costs import CostModel, Sizes
+from hf_prune.allocate.knapsack import knapsack
 from hf_prune.analyse.graph import KINDS, AxisInfo
 from hf_prune.errors import BudgetError, PlanError, did_you_mean
 
 Scores = Mapping[str, Tensor]
 KeepAt = Callable[[float], dict[str, int]]
-Allocator = Callable[[Sequence[AxisInfo], Scores], KeepAt]
 # Heads and groups are few and large, head dimensions make attention blind, channels are many.
 SAFE_KINDS = ("heads", "mlp", "channels", "embed", "groups")
 
@@ -68,26 +69,61 @@ class Limits:
         return min(num_keep, axis.size)
 
 
-def uniform(axes: Sequence[AxisInfo], scores: Scores) -> KeepAt:
+@dataclass(frozen=True)
+class Problem:
+    """What an allocator decides about.
+
+    Attributes:
+        axes: Those that may be pruned.
+        scores: Axis name -> `(size,)`, larger is more worth keeping.
+        cost: Of the whole model at given sizes; axes that are not named stay dense.
+        limit: What the pruned model may cost.
+        limits: Which sizes are allowed.
+    """
+
+    axes: Sequence[AxisInfo]
+    scores: Scores
+    cost: CostModel
+    limit: float
+    limits: Limits
+
+    def require_reachable(self, smallest: Sizes) -> None:
+        """Check that the smallest model is within the budget.
+
+        Raises:
+            BudgetError: If it is not, with its cost.
+        """
+        least = self.cost(smallest)
+        if least > self.limit:
+            raise BudgetError(
+                f"the smallest model within the limits costs {least:,.4g}, the budget is {self.limit:,.4g}; raise the "
+                f"budget, allow more kinds of axes, or lower `min_keep_ratio` and `round_to`"
+            )
+
+
+Allocator = Callable[[Problem], dict[str, int]]
+
+
+def uniform(problem: Problem) -> dict[str, int]:
     """Take the same share of every axis."""
-    return lambda ratio: {axis.name: round(axis.size * (1 - ratio)) for axis in axes}
+    return meet_budget(problem, lambda ratio: {axis.name: round(axis.size * (1 - ratio)) for axis in problem.axes})
 
 
-def global_rank(axes: Sequence[AxisInfo], scores: Scores) -> KeepAt:
+def global_rank(problem: Problem) -> dict[str, int]:
     """Rank all units of all axes together."""
-    return _ranked([list(axes)], scores)
+    return meet_budget(problem, _ranked([list(problem.axes)], problem.scores))
 
 
-def isomorphic(axes: Sequence[AxisInfo], scores: Scores) -> KeepAt:
+def isomorphic(problem: Problem) -> dict[str, int]:
     """Rank units among axes that play the same part (all MLPs, all heads, each width of a stage), each by itself.
 
     Source: the idea of Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024; axes play the same part
     when they are of one kind and size and their names differ in numbers only.
     """
     groups: dict[tuple[str, str, int], list[AxisInfo]] = defaultdict(list)
-    for axis in axes:
+    for axis in problem.axes:
         groups[(*axis.part, axis.size)].append(axis)
-    return _ranked(list(groups.values()), scores)
+    return meet_budget(problem, _ranked(list(groups.values()), problem.scores))
 
 
 def _ranked(groups: list[list[AxisInfo]], scores: Scores) -> KeepAt:
@@ -106,7 +142,28 @@ def _ranked(groups: list[list[AxisInfo]], scores: Scores) -> KeepAt:
     return keep_at
 
 
-ALLOCATORS: dict[str, Allocator] = {"uniform": uniform, "global_rank": global_rank, "isomorphic": isomorphic}
+def meet_budget(problem: Problem, keep_at: KeepAt) -> dict[str, int]:
+    """Return the sizes of the largest model within a budget, along an order of removal.
+
+    Raises:
+        BudgetError: If the smallest model still costs more, with its cost.
+    """
+
+    def sizes(ratio: float) -> dict[str, int]:
+        wanted = keep_at(ratio)
+        return {axis.name: problem.limits.apply(axis, wanted[axis.name]) for axis in problem.axes}
+
+    problem.require_reachable(sizes(1.0))
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if problem.cost(sizes(middle)) <= problem.limit else (middle, high)
+    return sizes(high)
+
+
+ALLOCATORS: dict[str, Allocator] = {
+    "uniform": uniform, "global_rank": global_rank, "isomorphic": isomorphic, "knapsack": knapsack,
+}  # fmt: skip
 
 
 def allocator_named(name: str | Allocator) -> Allocator:
@@ -121,38 +178,6 @@ def allocator_named(name: str | Allocator) -> Allocator:
         names = ", ".join(ALLOCATORS)
         raise BudgetError(f"`allocator` must be one of {names}, got '{name}'" + did_you_mean(name, ALLOCATORS))
     return ALLOCATORS[name]
-
-
-def meet_budget(
-    axes: Sequence[AxisInfo],
-    scores: Scores,
-    keep_at: KeepAt,
-    cost: Callable[[dict], float],
-    limit: float,
-    limits: Limits,
-) -> dict[str, list[int]]:
-    """Return the kept units of the largest model within a budget, along an allocator's order.
-
-    Raises:
-        BudgetError: If the smallest model still costs more, with its cost.
-    """
-
-    def sizes(ratio: float) -> dict:
-        wanted = keep_at(ratio)
-        return {axis.leaf: limits.apply(axis, wanted[axis.name]) for axis in axes}
-
-    smallest = cost(sizes(1.0))
-    if smallest > limit:
-        raise BudgetError(
-            f"the smallest model within the limits costs {smallest:,.0f}, the budget is {limit:,.0f}; raise the "
-            f"budget, allow more kinds of axes, or lower `min_keep_ratio` and `round_to`"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(sizes(middle)) <= limit else (middle, high)
-    final = sizes(high)
-    return best(scores, {axis.name: final[axis.leaf] for axis in axes})
 
 
 def best(scores: Scores, num_keep: Mapping[str, int]) -> dict[str, list[int]]:

@@ -4,8 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hf_prune.errors import TraceError
+
+
+def batch_of(inputs: Any, batch_size: int) -> Any:
+    """Return a batch that repeats the first of some example inputs, in the memory layout it has."""
+    return tree_map_only(Tensor, lambda t: torch.cat([t[:1]] * batch_size), inputs)
 
 
 def inputs_for(model: nn.Module) -> Any:

@@ -5,7 +5,7 @@ model that looks at numbers while it runs is traced by a real run instead.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -102,7 +102,7 @@ class OneCall:
     """One operation as rules see it."""
 
     def __init__(self, tracer: "Tracer", func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        self.tracer, self.name, self.out = tracer, func._schema.name, out
+        self.tracer, self.func, self.name, self.out = tracer, func, func._schema.name, out
         self.arguments = {argument.name: argument.default_value for argument in func._schema.arguments}
         names = [argument.name for argument in func._schema.arguments]
         self.arguments.update(zip(names, args, strict=False))
@@ -266,8 +266,14 @@ def _pointwise_names() -> set[str]:
 POINTWISE = _pointwise_names()
 
 
-def record(model: nn.Module, inputs: Any) -> Recording:
+def record(model: nn.Module, inputs: Any, tracer_of: "Callable[..., Tracer]" = Tracer) -> Recording:
     """Trace a model whose tensors and inputs are on one device (meta or a real one).
+
+    Args:
+        model: Its modules are run.
+        inputs: What it is called with.
+        tracer_of: Makes the tracer from a recording, named tensors and a module stack; one of another kind may look
+            at more than what is recorded.
 
     Raises:
         TraceError: If the model cannot run on these inputs.
@@ -280,7 +286,7 @@ def record(model: nn.Module, inputs: Any) -> Recording:
                 fix(dim, "it is a table of numbers")
     recording = Recording(dims)
     stack = ModuleStack(model)
-    tracer = Tracer(recording, named, stack)
+    tracer = tracer_of(recording, named, stack)
     for tensor in tensors_in(inputs):
         tracer.known[tensor] = out_dims(tensor.shape, "it is part of the model's input")
     try:

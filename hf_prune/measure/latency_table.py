@@ -1,28 +1,63 @@
-"""A latency table: milliseconds of a block against its token count, measured on the device at hand."""
+"""A latency table: milliseconds of every operator of a model at a grid of sizes, measured on the device at hand.
+
+The time of any cut of the model is then a sum of look-ups. What operators run, and how their shapes follow from the
+sizes of axes, is known from the analysis, so there is nothing to write for a new architecture.
+"""
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (of httpx or httpx2)
+from torch import nn
 
+from hf_prune.allocate.allocators import SAFE_KINDS
+from hf_prune.allocate.costs import SumOfTerms
+from hf_prune.analyse.graph import AxisGraph
 from hf_prune.errors import LatencyTableError
-from hf_prune.measure.latency import device_name, time_side_by_side
-from hf_prune.measure.token_cost import BlockProbe, TokenCost
-from hf_prune.tokens.config import TokenPruningConfig
+from hf_prune.measure.closing import time_cut
+from hf_prune.measure.latency import device_name
+from hf_prune.measure.operator_times import (
+    STEP_ELSEWHERE,
+    STEPS,
+    OperatorTimes,
+    measure_operator,
+    require_times,
+    time_of,
+)
+from hf_prune.measure.operators import operators_of
 
 FORMAT_VERSION = 1
+FILE = "latency_table.json"
+
+
+@dataclass(frozen=True)
+class WholeAndSum:
+    """Milliseconds of a model as a whole, and of its operators added up."""
+
+    whole_ms: float
+    sum_ms: float
+
+    def __post_init__(self) -> None:
+        require_times((self.whole_ms, self.sum_ms))
+
+    @property
+    def additivity_error(self) -> float:
+        """The sum over the whole, minus one."""
+        return self.sum_ms / self.whole_ms - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """Measured milliseconds of one model's parts at a grid of sequence lengths.
+    """Measured milliseconds of one model's operators.
 
-    The settings under which it was measured are part of it: a table is only used where they all agree.
+    The settings under which it was measured are part of it: a table only serves where they all agree.
 
     Attributes:
         device: `cpu`, `cuda`, ...
@@ -30,13 +65,12 @@ class LatencyTable:
         dtype: Data type of the weights.
         batch_size: Images in a batch.
         threads: CPU threads of torch.
-        model: Class, width, heads, depth, prefix tokens and patches of the model, and the selectors' making.
-        torch_version: Release it was measured with; informative.
-        repeats: Timed runs behind each median.
-        tokens: Sequence lengths of the grid, increasing.
-        block_ms: Median of one block at each.
-        selector_ms: Median of scoring, packaging and removing at each.
-        dense_ms: Median of the whole dense model.
+        model: Class of the model; informative, for what counts is that every operator has an entry.
+        torch_version: Release it was measured with.
+        entries: Operator, in words -> its times.
+        dense: Milliseconds of the whole dense model, and of its operators added up.
+        quarter: The same of the model with a quarter of every width; timed in turns with the dense one.
+        step: Sizes at which kernels are cheap are multiples of this.
     """
 
     device: str
@@ -44,66 +78,102 @@ class LatencyTable:
     dtype: str
     batch_size: int
     threads: int
-    model: dict[str, Any]
+    model: str
     torch_version: str
-    repeats: int
-    tokens: tuple[int, ...]
-    block_ms: tuple[float, ...]
-    selector_ms: tuple[float, ...]
-    dense_ms: float
+    entries: dict[str, OperatorTimes]
+    dense: "WholeAndSum"
+    quarter: "WholeAndSum"
+    step: int
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        lengths = {len(self.tokens), len(self.block_ms), len(self.selector_ms)}
-        times = (*self.block_ms, *self.selector_ms, self.dense_ms)
         if self.format_version != FORMAT_VERSION:
             raise LatencyTableError(f"`format_version` must be {FORMAT_VERSION}, got {self.format_version!r}")
-        if len(lengths) != 1 or len(self.tokens) < 2 or list(self.tokens) != sorted(set(self.tokens)):
-            raise LatencyTableError("`tokens` must increase, with one `block_ms` and `selector_ms` for each")
-        if not all(isinstance(time, int | float) and 0 < time < float("inf") for time in times):
-            raise LatencyTableError("every time in a latency table must be a positive number of milliseconds")
+        if self.step < 1:
+            raise LatencyTableError("`step` of a latency table must be 1 or more")
 
-    def cost(self) -> TokenCost:
-        """Return the table as a cost in milliseconds, made monotone and interpolated between its points."""
-        last = self.tokens[-1]
-        lengths = np.arange(last + 1)
-        block, selector = (
-            torch.tensor(np.interp(lengths, self.tokens, np.maximum.accumulate(times)))
-            for times in (self.block_ms, self.selector_ms)
-        )
-        depth, prefix = self.model["depth"], self.model["num_prefix_tokens"]
-        patches = self.model["num_patches"]
-        rest = max(self.dense_ms - depth * float(block[prefix + patches]), 0.0)
-        return TokenCost(block, selector, rest, depth, prefix, patches)
+    def calibration(self) -> tuple[float, float]:
+        """Return by what to multiply a sum of operators, and what to add in milliseconds, to get the whole model.
 
-    def write(self, path: Path) -> None:
+        The line through the two models that were run as a whole. What is added is the interpreter's work between the
+        operators, which does not shrink with them; it is never negative.
+        """
+        (whole, added), (less, few) = astuple(self.dense), astuple(self.quarter)
+        slope = (whole - less) / (added - few) if added > few else 0.0
+        if 0 < slope <= whole / added:
+            return slope, whole - slope * added
+        return whole / added, 0.0
+
+    def cost(self, graph: AxisGraph) -> SumOfTerms:
+        """Return milliseconds as a function of the sizes of a model's axes.
+
+        Raises:
+            LatencyTableError: If the model has an operator that was not measured.
+        """
+        batch, operators = operators_of(graph, self.batch_size)
+        missing = [op.key for op in operators if op.key not in self.entries]
+        if missing:
+            raise LatencyTableError(
+                f"a latency table must hold every operator of the model, but {len(missing)} of {len(operators)} are "
+                f"not in it, such as '{missing[0]}'; measure a table for this model, batch and image size"
+            )
+        factor, constant = self.calibration()
+        counts = Counter((op.key, op.dims) for op in operators)
+        terms = []
+        for op in operators:
+            # The same thing done again, to as many numbers, is one term.
+            count = counts.pop((op.key, op.dims), 0)
+            if count:
+                terms.append((op.dims, time_of(op, self.entries[op.key], factor * count, self.step)))
+        return SumOfTerms(batch, terms, constant)
+
+    def write(self, path: str | Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""
+        path = Path(path)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)  # noqa: PTH105 (says what it does: one atomic step)
 
     @classmethod
-    def read(cls, path: Path) -> "LatencyTable":
+    def read(cls, path: str | Path) -> "LatencyTable":
         """Read a table written by `write`.
 
         Raises:
             LatencyTableError: If the file is missing, no JSON, or not a table.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             names = {field.name for field in fields(cls)}
-            if set(data) != names:
-                raise LatencyTableError(f"a latency table must hold {sorted(names)}, got {sorted(data)}")
-            lists = {key: tuple(data[key]) for key in ("tokens", "block_ms", "selector_ms")}
-            return cls(**{**data, **lists})
-        except (OSError, json.JSONDecodeError, TypeError, LatencyTableError) as err:
+            if not isinstance(data, dict) or set(data) != names:
+                raise LatencyTableError(f"a latency table must hold {sorted(names)}")
+            entries = {
+                str(key): OperatorTimes(tuple(tuple(sizes) for sizes in entry["sizes"]), tuple(entry["ms"]))
+                for key, entry in data["entries"].items()
+            }
+            wholes = {key: WholeAndSum(**data[key]) for key in ("dense", "quarter")}
+            return cls(**{**data, **wholes, "entries": entries})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, LatencyTableError) as err:
             raise LatencyTableError(
-                f"no latency table could be read from '{path}': {err}; measure one by leaving "
-                f"`--latency_table` out, it is written to the output folder"
+                f"no latency table could be read from '{path}': {err}; measure one with `hf-prune latency-table`"
             ) from err
 
-    def require_same_setting(self, wanted: dict[str, Any]) -> None:
-        """Check that the table was measured for this model, device and batch.
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, *, filename: str = FILE, revision: str | None = None, token: str | None = None
+    ) -> "LatencyTable":
+        """Read a table that somebody measured and put on the Hub.
+
+        Raises:
+            LatencyTableError: If there is none, or it is not a table.
+        """
+        try:
+            path = hf_hub_download(repo_id, filename, revision=revision, token=token)
+        except (OSError, ValueError, HTTPError) as err:
+            raise LatencyTableError(f"no '{filename}' could be fetched from '{repo_id}' on the Hub: {err}") from err
+        return cls.read(path)
+
+    def require_same_setting(self, wanted: Mapping[str, Any]) -> None:
+        """Check that the table was measured on this device, in this way.
 
         Args:
             wanted: As returned by `table_setting`.
@@ -122,61 +192,44 @@ class LatencyTable:
             )
 
 
-def table_setting(probe: BlockProbe) -> dict[str, Any]:
-    """Return what a table must agree on with the model, device and batch of a probe."""
-    site, settings = probe.site, probe.pruning.settings
+def table_setting(model: nn.Module, batch_size: int) -> dict[str, Any]:
+    """Return what a table must agree on with a model and its device."""
+    parameter = next(model.parameters())
     return {
-        "device": probe.x.device.type,
-        "device_name": device_name(probe.x.device),
-        "dtype": str(next(site.blocks.parameters()).dtype).removeprefix("torch."),
-        "batch_size": len(probe.x),
+        "device": parameter.device.type,
+        "device_name": device_name(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "batch_size": batch_size,
         "threads": torch.get_num_threads(),
-        "model": {
-            "blocks": type(next(site.blocks.children())).__name__,
-            "dim": site.dim,
-            "num_heads": site.num_heads,
-            "depth": site.depth,
-            "num_prefix_tokens": site.num_prefix_tokens,
-            "num_patches": probe.num_patches,
-            "selector": {
-                key: getattr(settings, key) for key in ("num_heads", "share_head_mlp", "paper_mlp1", "packages")
-            },
-        },
+        "torch_version": torch.__version__,
     }
 
 
-@torch.no_grad()
-def measure_latency_table(
-    model: nn.Module, pixel_values: Tensor, settings: TokenPruningConfig, *, repeats: int = 50, step: int = 8
-) -> LatencyTable:
-    """Time one block, one selector and the whole dense model on this device.
-
-    All lengths are timed in turns, so that a slow spell of the machine does not bend the curve.
+def measure_latency_table(model: nn.Module, graph: AxisGraph, *, batch_size: int = 1) -> LatencyTable:
+    """Time every operator of a model at a grid of sizes, and the whole dense model, on the model's device.
 
     Args:
-        model: Dense model of a supported kind, in evaluation mode.
-        pixel_values: An example batch `(B, 3, H, W)` on the device.
-        settings: What the selectors will be like.
-        repeats: Timed runs behind each median.
-        step: Tokens between two points of the grid.
+        model: Dense.
+        graph: Its analysis.
+        batch_size: Images a batch.
 
-    Cost: about `repeats * N / step` runs of one block and one selector.
+    Cost: seconds to a few minutes (benchmarks/latency.py); memory of one operator at a time, and a copy of the model.
     """
-    probe = BlockProbe(model, pixel_values, settings)
-    prefix, longest = probe.site.num_prefix_tokens, probe.x.shape[1] + 1
-    lengths = sorted({prefix + 1, *range(longest, prefix + 1, -step)})
-    runs = {f"block {length}": probe.block(length) for length in lengths}
-    runs |= {f"selector {length}": probe.selector(length) for length in lengths}
-    runs["dense"] = probe.run_model
-    calls = {name: (lambda _repeat, run=run: run()) for name, run in runs.items()}
-    times = time_side_by_side(calls, probe.x.device, repeats=repeats)
-    medians = {name: float(np.median(values)) for name, values in times.items()}
+    device = next(model.parameters()).device
+    batch, operators = operators_of(graph, batch_size)
+    step = STEPS.get(device.type, STEP_ELSEWHERE)
+    by_key = {op.key: op for op in operators}
+    with torch.inference_mode():
+        entries = {key: measure_operator(op, device, step) for key, op in by_key.items()}
+    quarter = {name: max(1, axis.size // 4) for name, axis in graph.axes.items() if axis.kind in SAFE_KINDS}
+    added = SumOfTerms(batch, [(op.dims, time_of(op, entries[op.key], 1.0, step)) for op in operators])
+    kept = {graph.axes[name].leaf: torch.arange(size) for name, size in quarter.items()}
+    dense_ms, quarter_ms = time_cut(model, graph, kept, batch_size)
     return LatencyTable(
-        **table_setting(probe),
-        torch_version=torch.__version__,
-        repeats=repeats,
-        tokens=tuple(lengths),
-        block_ms=tuple(medians[f"block {length}"] for length in lengths),
-        selector_ms=tuple(medians[f"selector {length}"] for length in lengths),
-        dense_ms=medians["dense"],
+        **table_setting(model, batch_size),
+        model=type(model).__name__,
+        entries=entries,
+        dense=WholeAndSum(dense_ms, added({})),
+        quarter=WholeAndSum(quarter_ms, added(quarter)),
+        step=step,
     )

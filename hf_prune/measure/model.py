@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_prune.analyse.inputs import inputs_for
+from hf_prune.analyse.inputs import batch_of, inputs_for
 from hf_prune.analyse.running import call_model
 from hf_prune.measure.latency import device_name, summarize, time_side_by_side
 from hf_prune.measure.report import LatencyStats
@@ -68,7 +68,7 @@ def measure_together(
     first = next(iter(models.values()))
     parameter = next(first.parameters())
     one = _on(inputs_for(first) if example_inputs is None else example_inputs, parameter)
-    batch = tree_map_only(Tensor, lambda t: t[:1].expand(batch_size, *t.shape[1:]).contiguous(), one)
+    batch = batch_of(one, batch_size)
     modes = {module: module.training for model in models.values() for module in model.modules()}
     runs = {name: (lambda _, model=model: call_model(model, batch)) for name, model in models.items()}
     try:

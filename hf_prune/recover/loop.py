@@ -25,6 +25,10 @@ class Objective(Protocol):
         """Return the loss of one batch; `model` is the prepared one, `batch_number` counts all batches so far."""
         ...
 
+    def before_step(self, progress: float) -> None:
+        """Look at the gradients of a step, or add to them; `progress` is the share of the phase done with this step."""
+        ...
+
     def after_step(self) -> dict[str, float]:
         """React to an optimiser step and return numbers worth logging."""
         ...
@@ -116,8 +120,9 @@ def train_phase(
                 with accelerator.autocast():
                     loss = objective.loss(prepared, batch, batch_number=batch_number)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and settings.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(prepared.parameters(), settings.max_grad_norm)
+                if accelerator.sync_gradients:
+                    _finish_gradients(prepared, settings.max_grad_norm, accelerator)
+                    objective.before_step((progress.step + 1) / num_steps)
                 optimizer.step()
                 optimizer.zero_grad()
             progress.batch += 1
@@ -162,6 +167,15 @@ def _epoch_batches(loader: Any, progress: Progress, accelerator: Accelerator) ->
     if progress.batch:
         loader = accelerator.skip_first_batches(loader, progress.batch)
     return iter(loader)
+
+
+def _finish_gradients(model: nn.Module, max_norm: float | None, accelerator: Accelerator) -> None:
+    """Give gradients their true scale, and clip them where that is wanted."""
+    if max_norm is None:
+        accelerator.unscale_gradients()
+    else:
+        # Takes the loss scale off by itself, which may be done once a step.
+        accelerator.clip_grad_norm_(model.parameters(), max_norm)
 
 
 def _log(

@@ -26,6 +26,9 @@ class Classify:
         logits = logits_of(model(batch["pixel_values"])).float()
         return F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
 
+    def before_step(self, progress: float) -> None:
+        """Gradients stay as they are."""
+
     def after_step(self) -> dict[str, float]:
         """Nothing to adapt."""
         return {}
@@ -83,6 +86,9 @@ class PruneTokens:
             label_smoothing=self.label_smoothing,
         )
         return loss + self.constraint.loss(self.mean_keep)
+
+    def before_step(self, progress: float) -> None:
+        """Gradients stay as they are."""
 
     def after_step(self) -> dict[str, float]:
         """Move the multipliers; report the mean keep ratios."""

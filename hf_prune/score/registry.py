@@ -14,6 +14,7 @@ CRITERIA = {
     "activation": "Activation",
     "bn_scale": "BnScale",
     "fisher": "Fisher",
+    "fluctuation": "Fluctuation",
     "fpgm": "Fpgm",
     "lamp": "Lamp",
     "magnitude": "Magnitude",
