@@ -43,11 +43,18 @@ COLUMNS = ("one_shot", "recalibrated", "least_squares", "fine_tuned")
 # What fine-tuning starts from.
 START = {"ours": "least_squares", "torch_pruning": "recalibrated", "random": "recalibrated"}
 KEEP_MACS, NUM_CALIBRATION, NUM_CHOOSING = 0.5, 512, 2_000
-# Chosen on some test images, for each column, as theirs are.
-OURS: dict[str, dict[str, str]] = {
-    "one_shot": {"criterion": "fluctuation", "allocator": "global_rank"},
-    "recalibrated": {"criterion": "fpgm", "allocator": "global_rank"},
-    "least_squares": {"criterion": "fpgm", "allocator": "global_rank"},
+# By task and column.
+OURS: dict[str, dict[str, dict[str, str]]] = {
+    "resnet56": {
+        "one_shot": {"criterion": "fluctuation", "allocator": "global_rank"},
+        "recalibrated": {"criterion": "fpgm", "allocator": "global_rank"},
+        "least_squares": {"criterion": "fpgm", "allocator": "global_rank"},
+    },
+    "clothing": {
+        "one_shot": {"criterion": "taylor", "allocator": "uniform"},
+        "recalibrated": {"criterion": "fluctuation", "allocator": "uniform"},
+        "least_squares": {"criterion": "fluctuation", "allocator": "global_rank"},
+    },
 }
 THERE: dict[str, Callable[[], Any]] = {
     "L1": lambda: tp.importance.MagnitudeImportance(p=1),
@@ -268,13 +275,13 @@ def measure(task: Task, seed: int, there: dict[str, tuple[str, bool]], arguments
     states = {
         "ours": {
             state: cut_here(task, plan_here(task, calibration, **settings), calibration, state)
-            for state, settings in OURS.items()
+            for state, settings in OURS[task.name].items()
         },
         "torch_pruning": {
             state: with_recalibrated(cut_there(task, variant, calibration), calibration)[state]
             for state, variant in there.items()
         },
-        "random": {state: cut_here(task, blind, calibration, state) for state in OURS},
+        "random": {state: cut_here(task, blind, calibration, state) for state in OURS[task.name]},
     }
     dense = macs_of(task.dense, task.example)
     for row, models in states.items():
@@ -309,7 +316,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors of ResNet-56, or a folder")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--num_images", type=int, default=10_000, help="of the test set")
-    parser.add_argument("--train_images", type=int, default=10_000, help="for calibration and fine-tuning")
+    parser.add_argument("--train_images", type=int, default=6_000, help="for calibration and fine-tuning")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=0.01)
     parser.add_argument("--num_seeds", type=int, default=3)
@@ -323,7 +330,7 @@ def main() -> None:
         "num_epochs": arguments.epochs,
         "learning_rate": arguments.learning_rate,
         "dense_top1": top1(task.dense, *task.test),
-        "ours": OURS,
+        "ours": OURS[task.name],
     }
     print(f"dense: {results['dense_top1']:.2%}", flush=True)
     there = choose_there(task, (task.train[0][:NUM_CALIBRATION], task.train[1][:NUM_CALIBRATION]))

@@ -1,4 +1,4 @@
-"""Dense models by name: a Hub id, a local folder, a timm name, or the small ViT of the embedded default."""
+"""Dense models by name: a Hub id, a local folder, a timm name, or the small ones of the embedded defaults."""
 
 import json
 from collections.abc import Sequence
@@ -12,8 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from hf_prune.data.transforms import Preprocessing
-from hf_prune.errors import DataError, ModelLoadError, UnsupportedModelError
-from hf_prune.tokens.site import MODEL_TYPES, SUPPORTED, find_site
+from hf_prune.errors import DataError, ModelLoadError
 
 TIMM_PREFIXES = ("hf-hub:", "local-dir:", "hf_hub:")
 
@@ -68,6 +67,27 @@ def embedded_vit(label_names: Sequence[str]) -> DenseModel:
     )
 
 
+def embedded_resnet(label_names: Sequence[str]) -> DenseModel:
+    """Return an untrained ResNet small enough to train on a CPU: 32 x 32 pixels, 6 basic blocks of widths 32 to 128."""
+    config = cast(Any, transformers.ResNetConfig)(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 128],
+        depths=[2, 2, 2],
+        layer_type="basic",
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+    )
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    return DenseModel(
+        model=transformers.ResNetForImageClassification(config).eval(),
+        preprocessing=Preprocessing.from_processor(processor),
+        processor=processor,
+        name=None,
+        license=None,
+    )
+
+
 def load_dense(name: str, label_names: Sequence[str], *, ignore_mismatched_sizes: bool = False) -> DenseModel:
     """Load a dense classifier and check that its head fits the labels.
 
@@ -79,15 +99,11 @@ def load_dense(name: str, label_names: Sequence[str], *, ignore_mismatched_sizes
 
     Raises:
         ModelLoadError: If nothing can be loaded under that name.
-        UnsupportedModelError: If it is no plain vision transformer.
         DataError: If the head has another number of classes.
     """
     if timm_name := _timm_name(name):
-        dense = _load_timm(timm_name, name, label_names, ignore_mismatched_sizes)
-    else:
-        dense = _load_transformers(name, label_names, ignore_mismatched_sizes)
-    find_site(dense.model)
-    return dense
+        return _load_timm(timm_name, name, label_names, ignore_mismatched_sizes)
+    return _load_transformers(name, label_names, ignore_mismatched_sizes)
 
 
 def _timm_name(name: str) -> str | None:
@@ -125,11 +141,6 @@ def _load_timm(timm_name: str, name: str, label_names: Sequence[str], new_head: 
 def _load_transformers(name: str, label_names: Sequence[str], new_head: bool) -> DenseModel:
     try:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type not in MODEL_TYPES:
-            raise UnsupportedModelError(
-                f"token pruning needs a plain vision transformer, '{name}' is of type '{config.model_type}'; "
-                f"supported are {SUPPORTED}"
-            )
         if not new_head:
             _require_labels(name, cast(int, config.num_labels), label_names)
         labels = {
@@ -141,7 +152,7 @@ def _load_transformers(name: str, label_names: Sequence[str], new_head: bool) ->
         model = AutoModelForImageClassification.from_pretrained(name, **overrides)
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as err:
-        if isinstance(err, DataError | UnsupportedModelError):
+        if isinstance(err, DataError):
             raise
         raise ModelLoadError(
             f"no image classifier could be loaded from '{name}': {str(err).splitlines()[0]} Give a Hub id, a local "

@@ -103,7 +103,7 @@ class Settings(RecipeSettings):
 
 def main(settings: Settings) -> None:
     """Prune a dense model to a latency target and publish it."""
-    job = open_job(settings, name="hf_prune_spvit")
+    job = open_job(settings, name="hf_prune_spvit", check_model=find_site)
     table = open_table(job)
     making = choose_keep_ratios(job, table.cost())
     started = time.perf_counter()

@@ -1,6 +1,7 @@
 """The model card: what a run's report holds, as Hub metadata and a page to read."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +42,8 @@ def render_card(
             "add the text on that method to 'card.md.jinja'"
         )
     title = model_id or (_name(report.base_model) + "-spvit" if report.base_model else "spvit")
-    data = _metadata(report, title=title, pipeline_tag=pipeline_tag, library_name=library_name)
+    tags = (*TAGS, report.method)
+    data = metadata(report, title=title, pipeline_tag=pipeline_tag, library_name=library_name, tags=tags)
     body = (
         environment()
         .get_template("card.md.jinja")
@@ -60,7 +62,10 @@ def render_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def _metadata(report: Report, *, title: str, pipeline_tag: str, library_name: str) -> ModelCardData:
+def metadata(
+    report: Report, *, title: str, pipeline_tag: str, library_name: str | None, tags: Sequence[str]
+) -> ModelCardData:
+    """Return what the Hub is told about a model whose run left a report."""
     base_model, dataset = hub_id(report.base_model), hub_id(report.dataset)
     accuracy = EvalResult(
         task_type=pipeline_tag,
@@ -79,7 +84,7 @@ def _metadata(report: Report, *, title: str, pipeline_tag: str, library_name: st
         # "finetune" is the closest of the Hub's relations: it has none for pruning.
         base_model_relation="finetune" if base_model else None,
         pipeline_tag=pipeline_tag,
-        tags=[*TAGS, report.method],
+        tags=[*tags],
         datasets=[dataset] if dataset else None,
         metrics=["accuracy"],
         model_name=title.rpartition("/")[2] or title,

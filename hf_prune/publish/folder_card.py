@@ -8,13 +8,22 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_prune.errors import HfPruneError
-from hf_prune.measure.report import REPORT_NAME, Report
+from hf_prune.measure.report import REPORT_NAME, Report, comparison, target_line
 from hf_prune.measure.widths import plot_widths
-from hf_prune.publish.card import TAGS, environment, hub_id, render_card
+from hf_prune.publish.card import TAGS, environment, hub_id, metadata, render_card
 from hf_prune.publish.folder import CONFIG
 from hf_prune.publish.save import HISTORY_FILE, MEASUREMENTS_FILE
 
 WIDTHS = "figures/widths.png"
+# What recipes do, in the words of a card; their files say it at length.
+METHODS = {
+    "heads": "Heads and MLP neurons were scored on training images and cut to a budget; after that the model was "
+    "trained on labels and on the logits of the dense one.",
+    "channels": "Channels were scored on training images and cut to a budget; after that the model was trained on "
+    "labels and on the logits of the dense one.",
+    "smcp": "SMCP (Humble et al., Soft Masking for Cost-Constrained Channel Pruning, ECCV 2022): masks on what layers "
+    "read, decided again and again by a knapsack while masked weights go on learning, became a cut in the end.",
+}
 
 
 def write_card(folder: str | Path, *, model_id: str | None = None, license_name: str | None = None) -> Path:
@@ -36,10 +45,11 @@ def write_card(folder: str | Path, *, model_id: str | None = None, license_name:
     """
     folder = Path(folder)
     license_name = license_name or _license_on(folder / "README.md")
-    if (folder / REPORT_NAME).is_file():
-        card = _card_of_run(folder, model_id)
+    report = Report.read(folder) if (folder / REPORT_NAME).is_file() else None
+    if report is not None and report.method == "spvit":
+        card = _card_of_run(folder, report, model_id)
     else:
-        card = _card_of_cut(folder, model_id, license_name)
+        card = _card_of_cut(folder, report, model_id, license_name)
     temporary = folder / ".README.md.tmp"
     temporary.write_text(str(card), encoding="utf-8")
     return temporary.replace(folder / "README.md")
@@ -52,14 +62,14 @@ def _license_on(card: Path) -> str | None:
     return name if isinstance(name, str) and name != "unknown" else None
 
 
-def _card_of_run(folder: Path, model_id: str | None) -> ModelCard:
+def _card_of_run(folder: Path, report: Report, model_id: str | None) -> ModelCard:
     config = _read(folder / CONFIG)
     library = "transformers" if "model_type" in config else "timm"
     snippet = f'model = hf_prune.load("{model_id or folder.name}")'
-    return render_card(Report.read(folder), load_snippet=snippet, model_id=model_id, library_name=library)
+    return render_card(report, load_snippet=snippet, model_id=model_id, library_name=library)
 
 
-def _card_of_cut(folder: Path, model_id: str | None, license_name: str | None) -> ModelCard:
+def _card_of_cut(folder: Path, report: Report | None, model_id: str | None, license_name: str | None) -> ModelCard:
     config = _read(folder / CONFIG)
     manifest = config.get("hf_prune") or (config.get("model_args") or {}).get("manifest")
     history = _read(folder / HISTORY_FILE, default=[])
@@ -71,28 +81,55 @@ def _card_of_cut(folder: Path, model_id: str | None, license_name: str | None) -
     plot_widths(widths, folder / WIDTHS)
     base, name = (manifest or history[0]).get("base_model"), model_id or folder.resolve().name
     library = "transformers" if "model_type" in config else str(config.get("library", "timm"))
-    data = ModelCardData(
-        library_name=None if library == "torch" else library,
-        license=license_name or "unknown",
-        base_model=hub_id(base),
-        base_model_relation="finetune" if hub_id(base) else None,
-        pipeline_tag=_task(config, library),
-        tags=[*TAGS[:2], "structured-pruning"],
-        model_name=name.rpartition("/")[2],
-    )
+    measured = _read(folder / MEASUREMENTS_FILE, default={})
+    data = _metadata(config, report, library=library, base=base, title=name, license_name=license_name)
     page = environment().get_template("cut.md.jinja").render(
         title=name,
         needs_import=manifest is not None,
         base=base,
-        licence=license_name,
+        licence=None if data.license == "unknown" else data.license,
         load_snippet=_snippet(config, library, model_id or folder.resolve().name, needs_import=manifest is not None),
-        before_after=_before_after(history, _read(folder / MEASUREMENTS_FILE, default={})),
-        measured=_read(folder / MEASUREMENTS_FILE, default={}),
+        before_after=_before_after(history, measured) if report is None else comparison(report),
+        measured=measured,
+        report=report,
+        method=None if report is None else METHODS[report.method],
+        target_line="" if report is None or report.target is None else target_line(report.target),
+        versions="" if report is None else ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         history=history,
         num_axes=len(widths),
-        figure=WIDTHS,
+        figures=(WIDTHS, *(() if report is None else report.figures)),
     )  # fmt: skip
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{page}")
+
+
+def _metadata(
+    config: Mapping[str, Any],
+    report: Report | None,
+    *,
+    library: str,
+    base: str | None,
+    title: str,
+    license_name: str | None,
+) -> ModelCardData:
+    name, task = None if library == "torch" else library, _task(config, library)
+    tags = (*TAGS[:2], "structured-pruning")
+    if report is not None:
+        return metadata(
+            report,
+            title=title,
+            pipeline_tag=task or "image-classification",
+            library_name=name,
+            tags=(*tags, report.method),
+        )
+    return ModelCardData(
+        library_name=name,
+        license=license_name or "unknown",
+        base_model=hub_id(base),
+        base_model_relation="finetune" if hub_id(base) else None,
+        pipeline_tag=task,
+        tags=[*tags],
+        model_name=title.rpartition("/")[2],
+    )
 
 
 def _task(config: Mapping[str, Any], library: str) -> str | None:

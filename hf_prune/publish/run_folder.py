@@ -75,7 +75,7 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
     )
     folder, base = run.output_dir, dense.name
     save(pruned, folder, base_model=base, processor=dense.processor)
-    _require_same_logits(pruned, load(folder).to(pool.pixels.device), pool)
+    require_same_logits(pruned, load(folder).to(pool.pixels.device), pool)
     batch_size = evidence.batch_sizes[-1]
     target = None if evidence.target is None else evidence.target.measured(times[batch_size], batch_size)
     figures = draw_figures(
@@ -108,7 +108,7 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
         target=target,
         train_seconds=evidence.train_seconds,
         figures=figures,
-        limits=tuple(_limits(evidence, splits.notes)),
+        limits=tuple(limits_of(evidence.pruned_accuracy, splits.notes)),
     )
     report.write(folder)
     library: Literal["transformers", "timm"] = (
@@ -119,10 +119,9 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
     return report
 
 
-def _limits(evidence: Evidence, notes: Sequence[str]) -> list[str]:
+def limits_of(accuracy: Accuracy, notes: Sequence[str]) -> list[str]:
     """Say what the numbers do not show."""
     limits = list(notes)
-    accuracy = evidence.pruned_accuracy
     error = (accuracy.top1 * (1 - accuracy.top1) / accuracy.num_images) ** 0.5
     limits.append(f"accuracy is measured on {accuracy.num_images} images; its standard error is about {error:.1%}")
     if accuracy.num_unreadable:
@@ -131,7 +130,12 @@ def _limits(evidence: Evidence, notes: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _require_same_logits(pruned: nn.Module, loaded: nn.Module, pool: PixelPool) -> None:
+def require_same_logits(pruned: nn.Module, loaded: nn.Module, pool: PixelPool) -> None:
+    """Check that a model that was saved and loaded is the one in memory.
+
+    Raises:
+        HfPruneError: If its logits differ.
+    """
     pixels = pool.batch(0, min(8, len(pool.pixels)))
     first, second = logits_of(pruned(pixels)), logits_of(loaded(pixels))
     if not torch.equal(first, second):

@@ -1,6 +1,6 @@
 """A recipe at work: the run, its images, the dense model, the checkpoints, and how all phases train."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -142,12 +142,20 @@ class Job(Generic[S]):
             self.run.say(f"pushed: {url}")
 
 
-def open_job(settings: S, *, name: str) -> Job[S]:
+def open_job(
+    settings: S,
+    *,
+    name: str,
+    embedded: Callable[[Sequence[str]], DenseModel] = embedded_vit,
+    check_model: Callable[[nn.Module], object] | None = None,
+) -> Job[S]:
     """Open everything, cheapest checks first, so that what can be refused is refused before any work.
 
     Args:
         settings: Of the recipe.
         name: Of the recipe, for trackers.
+        embedded: Makes the model where none is named, from the names of the labels.
+        check_model: Raises an error for models that the recipe is not for.
     """
     settings.check()
     run = _open_run(settings, name)
@@ -162,7 +170,9 @@ def open_job(settings: S, *, name: str) -> Job[S]:
         max_eval_samples=settings.max_eval_samples,
         seed=settings.seed,
     )
-    dense = _open_model(settings, splits)
+    dense = _open_model(settings, splits, embedded)
+    if check_model is not None:
+        check_model(dense.model)
     checkpoints = Checkpoints(
         run.output_dir / "checkpoints",
         run.accelerator,
@@ -195,9 +205,11 @@ def _open_run(settings: RecipeSettings, name: str) -> Run:
     return run
 
 
-def _open_model(settings: RecipeSettings, splits: ImageSplits) -> DenseModel:
+def _open_model(
+    settings: RecipeSettings, splits: ImageSplits, embedded: Callable[[Sequence[str]], DenseModel]
+) -> DenseModel:
     if settings.model_name_or_path is None:
-        return embedded_vit(splits.label_names)
+        return embedded(splits.label_names)
     return load_dense(
         settings.model_name_or_path, splits.label_names, ignore_mismatched_sizes=settings.ignore_mismatched_sizes
     )

@@ -81,7 +81,7 @@ def compensated(
 
     A layer without bias gives its constant to the running mean of a batch norm right behind it, and is fitted
     through the origin where there is none. Layers that lose no input are fitted as well, for what they read has
-    changed; those before the first cut stay as they are. Batch norms should not be recalibrated after
+    changed; those before the first cut find no error to fit. Batch norms should not be recalibrated after
     "least_squares", which fits with the statistics of the dense model.
 
     Left alone are grouped and depthwise convolutions (a group has few inputs that could speak for one another, and
@@ -90,13 +90,14 @@ def compensated(
     that run more than once, and layers that see cut channels as positions. With fewer than 4 positions a weight of one
     output, only the bias is fitted.
 
-    Memory: a copy of the model; the activations of all images as one batch; 32 times the kept weights of the fitted
-    layers for the outputs of the dense model; the square of the inputs (times kernel positions) of one layer at a time.
-    Cost: two runs of the dense model, two of the cut one, and the cube of the inputs of every layer.
+    Memory: a copy of the model; the activations of all images as one batch; of what each dense layer said, 32 times
+    its kept weights or 4,096 positions, whichever is more; the square of the inputs (times kernel positions) of one
+    layer at a time. Cost: one run of the dense model, one of the cut one in which each fitted layer runs twice, and the
+    cube of the inputs of every layer.
 
-    Source: least squares for pruned channels is that of He et al., Channel Pruning for Accelerating Very Deep Neural
-    Networks, ICCV 2017, section 3.1.1, fitted to the outputs of the dense model as in their section 3.1.2. Differs from
-    it by a ridge towards the weights as they were, and by layers that lose nothing.
+    Source: the least-squares reconstruction of He et al., Channel Pruning for Accelerating Very Deep Neural Networks,
+    ICCV 2017. Differs from it by a ridge towards the weights as they were, by constants, and by fitting layers that
+    lose nothing as well.
 
     Args:
         model: The dense model. Kept weights change in place, shapes do not. If the body raises, they come back.
@@ -157,6 +158,16 @@ def recalibrate_norms(model: nn.Module, data: Iterable[Any] | None) -> None:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def settle_norms(model: nn.Module, data: Iterable[Any] | None) -> None:
+    """Recalibrate a model after training if its batch norms remember little more than the last batch.
+
+    So it is where a momentum of another library's meaning was taken over: transformers' MobileNets say 0.9997 and mean
+    the share that stays, and torch takes it for the share that is new.
+    """
+    if any(isinstance(m, _BatchNorm) and (m.momentum or 0) > 0.5 for m in model.modules()):
+        recalibrate_norms(model, data)
 
 
 def _images(model: nn.Module, data: Iterable[Any] | None) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""What the two phases of an SPViT run minimise."""
+"""What phases of training minimise."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,30 @@ class Classify:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """No state."""
+
+
+@dataclass
+class Recover(Classify):
+    """Labels and the dense teacher's logits, for a model that was cut, or is being masked.
+
+    Attributes:
+        teacher: The dense model, in evaluation mode and without gradients.
+        weight: Of the divergence KL(teacher || student) at temperature 1, beside the cross-entropy; 0 does not teach.
+    """
+
+    teacher: nn.Module | None = None
+    weight: float = 1.0
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, batch_number: int) -> Tensor:
+        """Return cross-entropy plus weighted divergence."""
+        logits = logits_of(model(batch["pixel_values"])).float()
+        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+        if self.teacher is None or not self.weight:
+            return loss
+        with torch.no_grad():
+            taught = logits_of(self.teacher(batch["pixel_values"])).float().log_softmax(-1)
+        divergence = F.kl_div(logits.log_softmax(-1), taught, log_target=True, reduction="batchmean")
+        return loss + self.weight * divergence
 
 
 @dataclass
