@@ -34,7 +34,8 @@ import hf_prune
 from hf_prune.allocate.allocators import Limits
 from hf_prune.allocate.plan import Plan
 from hf_prune.analyse.graph import AxisGraph
-from hf_prune.recover.compensate import compensated, recalibrate_norms
+from hf_prune.recover.compensate import compensated
+from hf_prune.recover.norms import recalibrate_norms
 from hf_prune.score.random import Random
 from hf_prune.tokens.site import logits_of
 

@@ -26,7 +26,7 @@ from hf_prune.models import embedded_resnet
 from hf_prune.recipe.cut import Calibration, Cut, CutSettings, finish, limits_for, open_table, target_of
 from hf_prune.recipe.job import Job, open_job
 from hf_prune.recipe.settings import parse
-from hf_prune.recover.compensate import settle_norms
+from hf_prune.recover.norms import settle_norms
 from hf_prune.recover.objectives import Recover
 from hf_prune.recover.rates import warmup_cosine
 from hf_prune.recover.soft_masking import NormScaling, Ramp, RewiringSchedule, SoftMasking, maskable

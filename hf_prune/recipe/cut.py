@@ -24,7 +24,8 @@ from hf_prune.measure.report import Report, print_report
 from hf_prune.publish.cut_folder import CutEvidence, publish_cut
 from hf_prune.recipe.job import Job
 from hf_prune.recipe.settings import RecipeSettings
-from hf_prune.recover.compensate import How, compensated, settle_norms
+from hf_prune.recover.compensate import How, compensated
+from hf_prune.recover.norms import settle_norms
 from hf_prune.recover.objectives import Recover
 from hf_prune.recover.rates import warmup_cosine
 from hf_prune.score.registry import CRITERIA, criterion

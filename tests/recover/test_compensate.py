@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune import Plan, analyze, apply_plan
 from hf_prune.errors import CompensationError
-from hf_prune.recover.compensate import compensated, recalibrate_norms
+from hf_prune.recover.compensate import compensated
+from hf_prune.recover.norms import recalibrate_norms
 
 
 def pruned(model, graph, plan, data, **settings):
