@@ -1,11 +1,15 @@
 """How long a callable takes on this device, measured side by side so that ratios survive a noisy machine."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from hf_prune.errors import LatencyTableError
 from hf_prune.measure.report import LatencyStats
 
 
@@ -47,6 +51,32 @@ def device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return device.type
     return torch.backends.cpu.get_cpu_capability() + " CPU" if (name := _cpu_model()) is None else name
+
+
+def require_same_setting(table: object, wanted: Mapping[str, Any]) -> None:
+    """Check that a latency table was measured in the setting it is to serve.
+
+    Args:
+        table: Has an attribute for every setting.
+        wanted: The settings here.
+
+    Raises:
+        LatencyTableError: With every value that differs.
+    """
+    differing = [
+        f"{key} is {getattr(table, key)!r} in the table and {value!r} here"
+        for key, value in wanted.items()
+        if getattr(table, key) != value
+    ]
+    if differing:
+        raise LatencyTableError("a latency table only serves the setting it was measured in: " + "; ".join(differing))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)  # noqa: PTH105 (says what it does: one atomic step)
 
 
 def _cpu_model() -> str | None:

@@ -5,7 +5,6 @@ sizes of axes, is known from the analysis, so there is nothing to write for a ne
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields
@@ -22,7 +21,7 @@ from hf_prune.allocate.costs import SumOfTerms
 from hf_prune.analyse.graph import AxisGraph
 from hf_prune.errors import LatencyTableError
 from hf_prune.measure.closing import time_cut
-from hf_prune.measure.latency import device_name
+from hf_prune.measure.latency import device_name, require_same_setting, write_whole
 from hf_prune.measure.operator_times import (
     STEP_ELSEWHERE,
     STEPS,
@@ -129,10 +128,7 @@ class LatencyTable:
 
     def write(self, path: str | Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)  # noqa: PTH105 (says what it does: one atomic step)
+        write_whole(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> "LatencyTable":
@@ -181,15 +177,7 @@ class LatencyTable:
         Raises:
             LatencyTableError: With every value that differs.
         """
-        differing = [
-            f"{key} is {getattr(self, key)!r} in the table and {value!r} here"
-            for key, value in wanted.items()
-            if getattr(self, key) != value
-        ]
-        if differing:
-            raise LatencyTableError(
-                "a latency table only serves the setting it was measured in: " + "; ".join(differing)
-            )
+        require_same_setting(self, wanted)
 
 
 def table_setting(model: nn.Module, batch_size: int) -> dict[str, Any]:

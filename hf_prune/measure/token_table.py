@@ -1,7 +1,6 @@
 """A latency table: milliseconds of a block against its token count, measured on the device at hand."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import LatencyTableError
-from hf_prune.measure.latency import device_name, time_side_by_side
+from hf_prune.measure.latency import device_name, require_same_setting, time_side_by_side, write_whole
 from hf_prune.measure.token_cost import BlockProbe, TokenCost
 from hf_prune.tokens.config import TokenPruningConfig
 
@@ -78,9 +77,7 @@ class TokenTable:
 
     def write(self, path: Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)  # noqa: PTH105 (says what it does: one atomic step)
+        write_whole(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "TokenTable":
@@ -111,15 +108,7 @@ class TokenTable:
         Raises:
             LatencyTableError: With every value that differs.
         """
-        differing = [
-            f"{key} is {getattr(self, key)!r} in the table and {value!r} here"
-            for key, value in wanted.items()
-            if getattr(self, key) != value
-        ]
-        if differing:
-            raise LatencyTableError(
-                "a latency table only serves the setting it was measured in: " + "; ".join(differing)
-            )
+        require_same_setting(self, wanted)
 
 
 def table_setting(probe: BlockProbe) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def publish_cut(run: Run, evidence: CutEvidence, splits: ImageSplits, *, seed: i
     require_same_logits(pruned, load(folder).to(pool.pixels.device), pool)
     batch_size = evidence.batch_sizes[-1]
     target = None if evidence.target is None else evidence.target.measured(times[batch_size], batch_size)
-    plot_latency_accuracy(rows, batch_size, folder / FIGURE, target_ms=None if target is None else target.target_ms)
+    plot_latency_accuracy(rows[:2], batch_size, folder / FIGURE, target_ms=None if target is None else target.target_ms)
     report = Report(
         method=evidence.method,
         base_model=dense.name,
