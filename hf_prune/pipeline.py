@@ -146,7 +146,7 @@ def plan(
     if budget.latency_ms is not None:
         table = table or measure_latency_table(model, graph, batch_size=batch_size)
         table.require_same_setting(table_setting(model, table.batch_size))
-        limits = replace(limits, round_to=math.lcm(limits.round_to, table.step))
+        limits = replace(limits, round_to=math.lcm(limits.round_to, table.step_for(axes)))
     problem, share_out = Problem(axes, scores, *cost_of(graph, budget, table), limits), allocator_named(allocator)
 
     def decide(limit: float) -> Plan:

@@ -97,7 +97,7 @@ def mask_and_cut(job: Job[Settings]) -> Cut:
     student = copy.deepcopy(job.dense.model).requires_grad_(True)
     graph = hf_prune.analyze(student, data.image)
     table = open_table(job, student, graph)
-    limits = limits_for(settings, table)
+    limits = limits_for(settings, graph, table)
     axes = maskable(limits.choose(list(graph.axes.values())))
     objective = SoftMasking(
         student,

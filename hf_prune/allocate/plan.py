@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.errors import PlanError, did_you_mean
+from hf_prune.files import write_whole
 
 if TYPE_CHECKING:
     from hf_prune.analyse.axes import Axis
@@ -138,8 +139,8 @@ class Plan:
         return cls({str(name): tuple(units) for name, units in kept.items()}, dict(sizes), dict(how))
 
     def write(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write the plan as JSON; the file appears whole or not at all."""
+        write_whole(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":

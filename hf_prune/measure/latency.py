@@ -1,9 +1,7 @@
 """How long a callable takes on this device, measured side by side so that ratios survive a noisy machine."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,13 +68,6 @@ def require_same_setting(table: object, wanted: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise LatencyTableError("a latency table only serves the setting it was measured in: " + "; ".join(differing))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)  # noqa: PTH105 (says what it does: one atomic step)
 
 
 def _cpu_model() -> str | None:

@@ -6,7 +6,7 @@ sizes of axes, is known from the analysis, so there is nothing to write for a ne
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import nn
 
 from hf_prune.allocate.allocators import SAFE_KINDS
 from hf_prune.allocate.costs import SumOfTerms
-from hf_prune.analyse.graph import AxisGraph
+from hf_prune.analyse.graph import AxisGraph, AxisInfo
 from hf_prune.errors import LatencyTableError
+from hf_prune.files import write_whole
 from hf_prune.measure.closing import time_cut
-from hf_prune.measure.latency import device_name, require_same_setting, write_whole
+from hf_prune.measure.latency import device_name, require_same_setting
 from hf_prune.measure.operator_times import (
     STEP_ELSEWHERE,
     STEPS,
@@ -103,6 +104,13 @@ class LatencyTable:
             return slope, whole - slope * added
         return whole / added, 0.0
 
+    def step_for(self, axes: Iterable[AxisInfo]) -> int:
+        """Return of what sizes should be multiples: the step, or a half or quarter ... of it where axes are small."""
+        smallest, step = min((axis.size for axis in axes if axis.kind not in ("heads", "groups")), default=1), self.step
+        while step > 1 and smallest < 4 * step:
+            step //= 2
+        return step
+
     def cost(self, graph: AxisGraph) -> SumOfTerms:
         """Return milliseconds as a function of the sizes of a model's axes.
 
@@ -128,7 +136,7 @@ class LatencyTable:
 
     def write(self, path: str | Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""
-        write_whole(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> "LatencyTable":

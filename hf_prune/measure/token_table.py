@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import LatencyTableError
-from hf_prune.measure.latency import device_name, require_same_setting, time_side_by_side, write_whole
+from hf_prune.files import write_whole
+from hf_prune.measure.latency import device_name, require_same_setting, time_side_by_side
 from hf_prune.measure.token_cost import BlockProbe, TokenCost
 from hf_prune.tokens.config import TokenPruningConfig
 
@@ -77,7 +78,7 @@ class TokenTable:
 
     def write(self, path: Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""
-        write_whole(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "TokenTable":

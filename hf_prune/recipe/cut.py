@@ -194,10 +194,13 @@ def _budget_of_step(budget: Budget, dense: float, number: int, steps: int) -> Bu
     return Budget(**{budget.quantity: dense * (budget.value / dense) ** (number / steps)})
 
 
-def limits_for(settings: CutSettings, table: LatencyTable | None) -> Limits:
+def limits_for(settings: CutSettings, graph: AxisGraph, table: LatencyTable | None) -> Limits:
     """Return which sizes are allowed; with a table those at which kernels are cheap."""
     limits = settings.limits
-    return limits if table is None else replace(limits, round_to=math.lcm(limits.round_to, table.step))
+    if table is None:
+        return limits
+    step = table.step_for(limits.choose(list(graph.axes.values())))
+    return replace(limits, round_to=math.lcm(limits.round_to, step))
 
 
 def decide(

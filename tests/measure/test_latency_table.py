@@ -99,6 +99,16 @@ def test_the_line_through_two_whole_models():
     assert replace(table, quarter=WholeAndSum(12.0, 2.0)).calibration() == pytest.approx((11 / 8, 0.0))
 
 
+def test_sizes_follow_the_cheap_steps_as_far_as_axes_are_large(network):
+    model, graph = network
+    table = replace(invented(model, graph), step=16)
+    axes = list(graph.axes.values())
+    assert table.step_for(axes) == 16
+    assert table.step_for([replace(axes[0], size=24)]) == 4
+    assert table.step_for([replace(axes[0], size=3)]) == 1
+    assert table.step_for([replace(axes[0], size=3, kind="heads"), axes[1]]) == 16
+
+
 def test_what_was_not_measured_is_an_error_and_never_free(network):
     model, graph = network
     table = invented(model, graph)
