@@ -1,6 +1,6 @@
 """Budgets in milliseconds: what a latency table predicts, what is measured, and what a MACs budget is worth in time.
 
-Run     python benchmarks/latency.py            (everything; some twenty minutes on two idle cores)
+Run     python benchmarks/latency.py            (everything; a quarter of an hour on two idle cores)
         python benchmarks/latency.py budgets    (predicted beside measured)
         python benchmarks/latency.py speedup    (half the MACs, beside Torch-Pruning; needs the extra `bench`)
 Writes  benchmarks/results/latency_budgets.json, latency_speedup.json and prints tables.
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = {
     "resnet50": (1, 16),
     "convnext_tiny": (1,),
-    "vit_small_patch16_224": (1, 16),
+    "vit_small_patch16_224": (1,),
     "deit_tiny_patch16_224": (1,),
     "swin_tiny_patch4_window7_224": (1,),
 }
