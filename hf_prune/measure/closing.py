@@ -63,7 +63,12 @@ def meet_latency(
     """
     aim, tried = limit, []
     for _ in range(MOST_TRIES):
-        plan = decide(aim)
+        try:
+            plan = decide(aim)
+        except BudgetError:
+            if not tried:
+                raise
+            break  # a corrected aim may be out of reach where what was tried is near enough
         if tried and plan == tried[-1][0]:
             break
         found = measure(plan)

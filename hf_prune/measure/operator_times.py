@@ -75,7 +75,11 @@ def grid(size: int, step: int) -> tuple[int, ...]:
 
 
 def measure_operator(op: Operator, device: torch.device, step: int) -> OperatorTimes:
-    """Time an operator at a grid of sizes, in rounds, so that a slow spell of the machine does not bend it."""
+    """Time an operator at a grid of sizes, in rounds, so that a slow spell of the machine does not bend it.
+
+    Raises:
+        LatencyTableError: If it does not run at other sizes than those of the dense model.
+    """
     grids = [grid(size_of(dim), step) for dim in op.dims]
     if goes_by_dimension(op):
         sizes, points = tuple(grids), list(product(*grids))
@@ -86,8 +90,18 @@ def measure_operator(op: Operator, device: torch.device, step: int) -> OperatorT
     times: list[list[float]] = [[] for _ in points]
     for _ in range(ROUNDS):
         for point, found in zip(points, times, strict=True):
-            found.append(time_ms(op.runner(point, device), device, MS_A_POINT / ROUNDS))
+            found.append(_time_at(op, point, device))
     return OperatorTimes(sizes, tuple(float(np.median(found)) for found in times))
+
+
+def _time_at(op: Operator, point: tuple[int, ...], device: torch.device) -> float:
+    try:
+        return time_ms(op.runner(point, device), device, MS_A_POINT / ROUNDS)
+    except RuntimeError as err:
+        raise LatencyTableError(
+            f"every operator must run at other sizes to be timed, but '{op.key}' does not run at {point}: {err}; use a "
+            f"budget of MACs for this model, and please report its name"
+        ) from err
 
 
 def goes_by_dimension(op: Operator) -> bool:

@@ -172,7 +172,8 @@ class _OperatorTracer(Tracer):
         return TensorSpec(tuple(self.dims_of(tensor)), tuple(order), tensor.dtype, bool(self.origin.get(tensor)))
 
     def _record(self, call: OneCall) -> None:
-        works = not (call.name in IDLE or any(_is_view(returned) for returned in call.func._schema.returns))
+        restrides = torch.Tag.inplace_view in call.func.tags
+        works = not (call.name in IDLE or restrides or any(map(_is_view, call.func._schema.returns)))
         if works and not self.in_attention and any(t.is_floating_point() for t in call.tensors):
             arguments = call.func._schema.arguments
             args = [call.arguments[a.name] for a in arguments if not a.kwarg_only]

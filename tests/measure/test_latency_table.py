@@ -15,6 +15,7 @@ import hf_prune
 from hf_prune import Budget
 from hf_prune.analyse.axes import size_after, size_of
 from hf_prune.errors import BudgetError, LatencyTableError
+from hf_prune.measure.closing import meet_latency
 from hf_prune.measure.latency_table import LatencyTable, WholeAndSum, measure_latency_table, table_setting
 from hf_prune.measure.operator_times import OperatorTimes, goes_by_dimension, grid
 from hf_prune.measure.operators import operators_of
@@ -189,6 +190,19 @@ def test_a_budget_that_no_plan_meets_is_refused(network, monkeypatch):
     monkeypatch.setattr("hf_prune.pipeline.time_cut", lambda *_: (50.0, 49.0))
     with pytest.raises(BudgetError, match=r"the nearest of|the smallest model within the limits"):
         hf_prune.plan(model, graph=graph, budget=Budget(latency_ms=0.6), table=table)
+
+
+def test_a_corrected_aim_out_of_reach_does_not_lose_what_was_near_enough():
+    def decide(limit):
+        if limit < 9.8:
+            raise BudgetError("too small")
+        return hf_prune.Plan({}, {})
+
+    assert meet_latency(decide, lambda _: 10.4, 10.0)[2] == 10.4
+    with pytest.raises(BudgetError, match="the nearest of 1 plans was measured to take 11 ms"):
+        meet_latency(decide, lambda _: 11.0, 10.0)
+    with pytest.raises(BudgetError, match="too small"):
+        meet_latency(decide, lambda _: 9.0, 9.0)
 
 
 def test_prune_to_milliseconds_in_one_call(small, monkeypatch):

@@ -6,8 +6,10 @@ import torch
 import transformers
 
 import hf_prune
-from hf_prune.analyse.axes import size_after, size_of
-from hf_prune.measure.operators import operators_of
+from hf_prune.analyse.axes import Axis, size_after, size_of
+from hf_prune.errors import LatencyTableError
+from hf_prune.measure.operator_times import measure_operator
+from hf_prune.measure.operators import Operator, TensorSpec, operators_of
 from hf_prune.measure.token_cost import count_macs
 
 CPU = torch.device("cpu")
@@ -17,6 +19,7 @@ MODELS = {
     "vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2),
     "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(1, 2, 1, 1)),
     "convnext": lambda: timm.create_model("convnext_atto"),
+    "convnext, wider": lambda: timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(32, 64, 96, 128)),
     "resnet": lambda: timm.create_model("resnet26"),
     "mobilenet": lambda: timm.create_model("mobilenetv3_small_050"),
     "hf vit": lambda: transformers.ViTModel(transformers.ViTConfig(image_size=64, patch_size=16, **SMALL)),
@@ -77,3 +80,10 @@ def test_the_analysed_model_is_left_as_it_was(model):
     operators_of(graph, 2)
     assert graph.table() == before
     assert operators_of(graph, 2)[1][0].key == operators_of(graph, 2)[1][0].key
+
+
+def test_an_operator_that_runs_at_no_other_size_is_named():
+    x = TensorSpec((Axis(64),), (0,), torch.float32, False)
+    op = Operator("view [a64] 64", torch.ops.aten.view.default, (x, [64]), {}, x.dims)
+    with pytest.raises(LatencyTableError, match=r"'view \[a64\] 64' does not run at \(16,\)"):
+        measure_operator(op, CPU, 16)
