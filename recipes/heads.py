@@ -1,7 +1,8 @@
 """Cut heads and MLP neurons of a vision transformer to a budget of milliseconds, MACs or parameters, and recover.
 
 Expect  without arguments: the handwritten digits inside scikit-learn and a small ViT trained on the spot, cut to half
-        its MACs; a few minutes on two CPU cores. Accuracies, and ImageNet: not measured yet.
+        its MACs: five minutes on one thread, 98.1% before and 97.5% after on 360 images (model_cards/heads-digits).
+        On ImageNet: not measured.
 Run     accelerate launch recipes/heads.py
         accelerate launch recipes/heads.py --model_name_or_path facebook/deit-small-patch16-224 \
             --dataset_name imagenet-1k --target_latency 0.6 --allocator knapsack --output_dir outputs/deit-small-heads

@@ -11,7 +11,7 @@ NEEDY = [name for name in CRITERIA if criterion(name).needs != "none"]
 
 
 def test_some_criteria_need_data():
-    assert NEEDY == ["activation", "fisher", "taylor"]
+    assert NEEDY == ["activation", "fisher", "fluctuation", "taylor"]
 
 
 @pytest.mark.parametrize("name", NEEDY)
