@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_prune.tokens.attach import TokenPruning
+from hf_prune.tokens.pruning import TokenPruning
 from hf_prune.tokens.site import logits_of
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_prune.tokens.attach import ForwardRun, TokenPruning
+from hf_prune.tokens.attention import WatchAttention
 from hf_prune.tokens.config import TokenPruningConfig
+from hf_prune.tokens.pruning import ForwardRun, TokenPruning
 from hf_prune.tokens.rope import rope_of_kept
 from hf_prune.tokens.site import TokenSite, find_site
 from hf_prune.tokens.tokenset import TokenSet
@@ -127,7 +128,13 @@ class BlockProbe:
     def selector(self, length: int) -> Callable[[], Any]:
         """Return a call that scores a sequence, packages what is dropped and removes it."""
         x, first = self._sequence(length), self.pruning.settings.before_blocks[0]
-        return lambda: self.pruning.enter_block(first, x, ForwardRun())
+        tokens = TokenSet.all_patches(len(x), length - self.site.num_prefix_tokens, x.device)
+        run = ForwardRun()
+        if self.pruning.watches(first - 1):
+            with WatchAttention(has_class_token=self.site.num_prefix_tokens > 0) as watch:
+                self.block(length)()
+            run.attention[first] = watch.seen(self.site.blocks[0])
+        return lambda: self.pruning.reduce(first, x, tokens, run)
 
 
 @torch.enable_grad()  # the counter's module tracker fails on views of parameters made without gradients

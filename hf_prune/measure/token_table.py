@@ -123,13 +123,14 @@ def table_setting(probe: BlockProbe) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "model": {
             "blocks": type(next(site.blocks.children())).__name__,
-            "dim": site.dim,
+            "dim": site.stacks[0].dim,
             "num_heads": site.num_heads,
             "depth": site.depth,
             "num_prefix_tokens": site.num_prefix_tokens,
             "num_patches": probe.num_patches,
             "selector": {
-                key: getattr(settings, key) for key in ("num_heads", "share_head_mlp", "paper_mlp1", "packages")
+                key: getattr(settings, key)
+                for key in ("method", "num_heads", "share_head_mlp", "paper_mlp1", "packages")
             },
         },
     }

@@ -12,7 +12,7 @@ from hf_prune.publish.manifest import KEY, Manifest, checkpoint_prefixes, versio
 from hf_prune.publish.structure_json import to_json
 from hf_prune.publish.uniform import fields_for
 from hf_prune.surgery.structure import Structure, structure_of
-from hf_prune.tokens.attach import TokenPruning
+from hf_prune.tokens.pruning import TokenPruning
 
 if TYPE_CHECKING:
     from hf_prune.pipeline import PruneRecord

@@ -15,10 +15,10 @@ from typing import Any
 from hf_prune.errors import ManifestError
 from hf_prune.tokens.attach import ATTRIBUTE
 from hf_prune.tokens.config import TokenPruningConfig
+from hf_prune.tokens.reducers.registry import reducer_class
 
 KEY = "hf_prune"
 FORMAT_VERSION = 2
-METHOD = "spvit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON-ready data."""
         tokens = self.tokens and {
-            "method": METHOD, "blocks": self.blocks, "selectors": self.selectors, **self.tokens.to_dict()
+            "blocks": self.blocks, "selectors": self.selectors, **self.tokens.to_dict()
         }  # fmt: skip
         return {
             "format_version": FORMAT_VERSION,
@@ -100,14 +100,14 @@ class Manifest:
         """
         if self.tokens is None:
             return
-        keys = set(checkpoint_keys)
-        last = f"{self.blocks}.{self.tokens.before_blocks[-1]}."
-        wanted = {f"{self.selectors}.selectors.{block}.keep_threshold" for block in self.tokens.before_blocks}
-        held = {key for key in keys if key.startswith(f"{self.selectors}.") and key.endswith(".keep_threshold")}
-        if held != wanted or not any(key.startswith(last) for key in keys):
+        keys, prefix = set(checkpoint_keys), f"{self.selectors}.selectors."
+        learned = reducer_class(self.tokens.method).learned
+        wanted = {str(block) for block in self.tokens.before_blocks} if learned else set()
+        held = {key.removeprefix(prefix).partition(".")[0] for key in keys if learned and key.startswith(prefix)}
+        if held != wanted or not any(key.startswith(f"{self.blocks}.") for key in keys):
             raise ManifestError(
-                f"the manifest names blocks '{last}*' and selectors {sorted(wanted)}, but the checkpoint holds "
-                f"{sorted(held) or 'no selectors'}; config.json and the weights belong to different models"
+                f"the manifest names blocks '{self.blocks}.*' and selectors before blocks {sorted(wanted)}, but the "
+                f"checkpoint holds {sorted(held) or 'none'}; config.json and the weights belong to different models"
             )
 
 
@@ -134,9 +134,9 @@ def _tokens(tokens: Any) -> dict[str, Any]:
     """Return the fields of a manifest on tokens."""
     if tokens is None:
         return {}
-    if not isinstance(tokens, Mapping) or tokens.get("method") != METHOD:
-        raise ManifestError(f"`{KEY}.tokens.method` must be '{METHOD}', got {tokens!r:.80}")
-    rest = {key: value for key, value in tokens.items() if key not in ("method", "blocks", "selectors")}
+    if not isinstance(tokens, Mapping):
+        raise ManifestError(f"`{KEY}.tokens` must be an object, got {tokens!r:.80}")
+    rest = {key: value for key, value in tokens.items() if key not in ("blocks", "selectors")}
     names = {key: tokens.get(key) for key in ("blocks", "selectors")}
     if not all(isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]{0,200}", name) for name in names.values()):
         raise ManifestError(f"`blocks` and `selectors` must be names of a checkpoint, got {names!r:.120}")
@@ -149,9 +149,10 @@ def versions() -> dict[str, str]:
 
 
 def checkpoint_prefixes(checkpoint_keys: Iterable[str]) -> tuple[str, str]:
-    """Return the prefixes of blocks and selectors among the names of a checkpoint."""
+    """Return the prefixes of blocks and selectors among the names of a checkpoint, as if there were any selectors."""
     keys = list(checkpoint_keys)
-    selectors = next(key.partition(f"{ATTRIBUTE}.")[0] + ATTRIBUTE for key in keys if f"{ATTRIBUTE}." in key)
+    found = (key.partition(f"{ATTRIBUTE}.")[0] + ATTRIBUTE for key in keys if f"{ATTRIBUTE}." in key)
+    selectors = next(found, ATTRIBUTE)
     others = (re.match(r"(.*?)\.\d+\.", key) for key in keys if not key.startswith(selectors))
     blocks, _ = Counter(match.group(1) for match in others if match).most_common(1)[0]
     return blocks, selectors

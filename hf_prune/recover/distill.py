@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_prune.tokens.attach import StageRecord
+from hf_prune.tokens.reducers.base import StageRecord
 from hf_prune.tokens.site import find_site, logits_of
 
 

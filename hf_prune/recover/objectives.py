@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_prune.recover.distill import DistillWeights, distillation_loss, final_tokens, teach
 from hf_prune.tokens.attach import token_pruning_of
 from hf_prune.tokens.constraint import Constraint, global_mean
-from hf_prune.tokens.decide import GumbelNoise
+from hf_prune.tokens.reducers.decide import GumbelNoise
 from hf_prune.tokens.site import logits_of
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.tokens.attach import TokenPruning, token_pruning_of
+from hf_prune.tokens.attach import token_pruning_of
+from hf_prune.tokens.pruning import TokenPruning
 
 
 @torch.no_grad()

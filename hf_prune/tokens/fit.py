@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hf_prune.errors import BudgetError, HfPruneWarning
-from hf_prune.tokens.attach import TokenPruning
+from hf_prune.tokens.pruning import TokenPruning
 from hf_prune.tokens.schedule import CostOfKept, keep_ratios_for
 
 TOLERANCE = 0.02

@@ -34,7 +34,8 @@ class Bucket:
         source: `(b * t)`, for each padded position the token that stands there, counted from the bucket's first.
         place: `(l,)`, padded position of each token.
         num_images: b.
-        bias: `(b, 1, 1, t)`, hides the padding; None where there is none.
+        bias: `(b, 1, 1, t)`, hides the padding; None where there is none. While training `(b, 1, t, t)`, which carries
+            the gradient of the decisions as well.
     """
 
     tokens: slice
@@ -44,14 +45,15 @@ class Bucket:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, lengths: Tensor, start: int) -> "Bucket":
-        """Return the bucket of images of these lengths whose tokens begin at `start`."""
+    def of(cls, lengths: Tensor, start: int, policy: Tensor, *, training: bool) -> "Bucket":
+        """Return the bucket of images of these lengths whose tokens begin at `start` of `policy` `(L,)`."""
         column = torch.arange(int(lengths.max()), device=lengths.device)
         real = column < lengths[:, None]
         first = (lengths.cumsum(0) - lengths)[:, None]
         source = first + torch.minimum(column, lengths[:, None] - 1)
         stop = start + int(lengths.sum())
-        bias = hide_keys(real.float(), training=False)
+        keys = policy[start:stop][source] * real
+        bias = hide_keys(keys, training=training, see_self=training)
         return cls(slice(start, stop), source.flatten(), real.flatten().nonzero().squeeze(1), len(lengths), bias)
 
     def pad(self, part: Tensor) -> Tensor:
@@ -83,23 +85,25 @@ class Packing:
     buckets: list[Bucket]
 
     @classmethod
-    def of(cls, policy: Tensor) -> "Packing | None":
+    def of(cls, policy: Tensor, *, training: bool = False) -> "Packing | None":
         """Return the packing of a batch, or None where there is no padding to save.
 
         Args:
             policy: `(B, T)`, 1 for every token in play.
+            training: Whether gradients shall reach the policy.
         """
         num_images, length = policy.shape
         if num_images == 1 or bool(policy.all()):
             return None
-        lengths, order = policy.sum(1).long().sort()
+        lengths, order = policy.detach().sum(1).long().sort()
         image, position = policy[order].nonzero(as_tuple=True)
         place = order[image] * length + position
         source = place.new_zeros(num_images * length)
         source[place] = torch.arange(len(place), device=place.device)
+        kept = policy.flatten()[place]
         buckets, start = [], 0
         for part in lengths.split(IMAGES_PER_BUCKET if policy.device.type == "cpu" else num_images):
-            buckets.append(Bucket.of(part, start))
+            buckets.append(Bucket.of(part, start, kept, training=training))
             start = buckets[-1].tokens.stop
         return cls(num_images, length, place, source, buckets)
 

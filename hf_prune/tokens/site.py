@@ -10,13 +10,36 @@ from torch import nn
 from hf_prune.errors import UnsupportedModelError
 
 SUPPORTED = (
-    "ViT, DeiT (plain and distilled), DINOv2 (with and without registers) and SigLIP image classifiers of "
-    "transformers, and timm's VisionTransformer and Eva families (ViT, DeiT, DeiT-III, DINOv2, SigLIP, EVA)"
+    "ViT, DeiT (plain and distilled), DINOv2 (with and without registers) and SigLIP image classifiers of transformers, "
+    "its DINOv2 backbones, and timm's VisionTransformer, Eva and PiT families (ViT, DeiT, DeiT-III, DINOv2, SigLIP, EVA, "
+    "PiT)"
 )
 MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model")
 # Plain stacks of blocks, older and newer layouts of the same model; the first that exists is taken.
 BLOCK_PATHS = ("layers", "encoder.layer", "encoder.layers")
 PREFIX_PARAMETERS = ("cls_token", "distillation_token", "register_tokens")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after the other on one grid of tokens.
+
+    Attributes:
+        parent: Module that holds the blocks.
+        blocks_name: Attribute of `parent` that is the container of blocks.
+        first: Number of its first block, counted over all stacks of the model.
+        dim: Token width.
+    """
+
+    parent: nn.Module
+    blocks_name: str
+    first: int
+    dim: int
+
+    @property
+    def blocks(self) -> nn.ModuleList | nn.Sequential:
+        """The container of blocks."""
+        return getattr(self.parent, self.blocks_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,42 +49,54 @@ class TokenSite:
     Attributes:
         library: Which library the model is from.
         owner: Module that the selectors are registered on.
-        parent: Module that holds the blocks.
-        blocks_name: Attribute of `parent` that is the container of blocks.
+        stacks: Where blocks are: one stack, or one for each grid of a hierarchical model.
         norm: Norm after the last block.
         pool: Attention pooling that must be told which tokens are hidden, if there is one.
         token_reader: Module behind the norm that reads every token, so that its cost depends on their number.
         mask_argument: Name under which a block takes an additive attention mask.
         num_prefix_tokens: Class, distillation and register tokens in front of the patches.
         pool_with_prefix: Whether mean pooling averages the prefix tokens too.
-        dim: Token width.
         num_heads: Attention heads of a block.
         fused_attention: Whether blocks call torch's fused attention.
+        needs_grid: Whether what follows the blocks reads a full grid of tokens, so that it must be put together again.
     """
 
     library: Literal["transformers", "timm"]
     owner: nn.Module
-    parent: nn.Module
-    blocks_name: str
+    stacks: tuple[Stack, ...]
     norm: nn.Module
     pool: nn.Module | None
     token_reader: nn.Module | None
     mask_argument: str
     num_prefix_tokens: int
     pool_with_prefix: bool
-    dim: int
     num_heads: int
     fused_attention: bool
+    needs_grid: bool = False
 
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential:
-        """The container of blocks."""
-        return getattr(self.parent, self.blocks_name)
+        """The container of blocks.
+
+        Raises:
+            UnsupportedModelError: If there are several.
+        """
+        first, *others = self.stacks
+        if others:
+            raise UnsupportedModelError(
+                f"the cost of tokens is known for models with one grid of tokens, and {type(self.owner).__name__} has "
+                f"{len(self.stacks)}: give `keep_ratios` instead of a target, and time the model as a whole"
+            )
+        return first.blocks
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self.blocks)
+        return self.stacks[-1].first + len(self.stacks[-1].blocks)
+
+    def stack_of(self, block: int) -> Stack:
+        """Return the stack that a block is in."""
+        return next(stack for stack in reversed(self.stacks) if stack.first <= block)
 
 
 def find_site(model: nn.Module) -> TokenSite:
@@ -75,6 +110,8 @@ def find_site(model: nn.Module) -> TokenSite:
         return _transformers_site(model, config)
     if {"VisionTransformer", "Eva"} & {kind.__name__ for kind in type(model).__mro__}:
         return _timm_site(model)
+    if "PoolingVisionTransformer" in {kind.__name__ for kind in type(model).__mro__}:
+        return _pit_site(model)
     kind = getattr(config, "model_type", None) or type(model).__name__
     raise UnsupportedModelError(
         f"token pruning needs a plain vision transformer, got '{kind}' ({type(model).__name__}); "
@@ -109,8 +146,7 @@ def _transformers_site(model: nn.Module, config: Any) -> TokenSite:
     return TokenSite(
         library="transformers",
         owner=owner,
-        parent=owner.get_submodule(parent_path),
-        blocks_name=name,
+        stacks=(Stack(owner.get_submodule(parent_path), name, 0, vision.hidden_size),),
         norm=norm,
         pool=None,
         # Class-token poolers read one token; SigLIP's attention head runs on all, though its classifier ignores it.
@@ -118,9 +154,9 @@ def _transformers_site(model: nn.Module, config: Any) -> TokenSite:
         mask_argument=_mask_argument(owner.get_submodule(path)),
         num_prefix_tokens=sum(parameters[name].shape[1] for name in PREFIX_PARAMETERS if name in parameters),
         pool_with_prefix=False,
-        dim=vision.hidden_size,
         num_heads=vision.num_attention_heads,
         fused_attention=implementation != "eager",
+        needs_grid=hasattr(model, "out_features"),
     )
 
 
@@ -137,17 +173,38 @@ def _timm_site(model: Any) -> TokenSite:
     return TokenSite(
         library="timm",
         owner=model,
-        parent=model,
-        blocks_name="blocks",
+        stacks=(Stack(model, "blocks", 0, model.embed_dim),),
         norm=model.norm,
         pool=pool,
         token_reader=pool,
         mask_argument=_mask_argument(model.blocks),
         num_prefix_tokens=model.num_prefix_tokens,
         pool_with_prefix=bool(getattr(model, "pool_include_prefix", False)),
-        dim=model.embed_dim,
         num_heads=attention.num_heads,
         fused_attention=bool(attention.fused_attn),
+    )
+
+
+def _pit_site(model: Any) -> TokenSite:
+    stacks, first = [], 0
+    for stage in model.transformers:
+        stacks.append(Stack(stage, "blocks", first, stage.blocks[0].norm1.normalized_shape[0]))
+        first += len(stage.blocks)
+    attention = model.transformers[0].blocks[0].attn
+    return TokenSite(
+        library="timm",
+        owner=model,
+        stacks=tuple(stacks),
+        norm=model.norm,
+        pool=None,
+        token_reader=None,
+        mask_argument=_mask_argument(model.transformers[0].blocks),
+        num_prefix_tokens=model.num_tokens,
+        pool_with_prefix=False,
+        # One number for all stages must divide each width, and the first stage has fewest heads.
+        num_heads=attention.num_heads,
+        fused_attention=bool(attention.fused_attn),
+        needs_grid=True,
     )
 
 

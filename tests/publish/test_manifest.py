@@ -55,7 +55,7 @@ def spoilt(**changes):
         spoilt(min_reader_version="1"),
         spoilt(format_version=None),
         spoilt(tokens={}),
-        spoilt(tokens__method="tome"),
+        spoilt(tokens__method="tomme"),
         spoilt(tokens__blocks="../../etc"),
         spoilt(tokens__blocks="a" * 10_000),
         spoilt(tokens__selectors=3),

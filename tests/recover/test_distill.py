@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from tiny_models import build_dense, build_pruned, pixel_batch
 
 from hf_prune.recover.distill import DistillWeights, distillation_loss, final_tokens, teach
-from hf_prune.tokens.attach import StageRecord, token_pruning_of
+from hf_prune.tokens.attach import token_pruning_of
+from hf_prune.tokens.reducers.base import StageRecord
 from hf_prune.tokens.site import logits_of
 
 ONLY = {

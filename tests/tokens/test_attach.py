@@ -11,7 +11,7 @@ from torch import nn
 from hf_prune.errors import HfPruneError, ManifestError, UnsupportedModelError
 from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
 from hf_prune.tokens.config import TokenPruningConfig
-from hf_prune.tokens.decide import GumbelNoise
+from hf_prune.tokens.reducers.decide import GumbelNoise
 from hf_prune.tokens.site import find_site, logits_of
 
 SETTINGS = TokenPruningConfig(before_blocks=(2, 4), keep_ratios=(0.65, 0.3), num_heads=4)
@@ -258,6 +258,9 @@ def test_pruning_twice_or_behind_the_last_block_is_refused(vit):
     late = TokenPruningConfig(before_blocks=(2, DEPTH), keep_ratios=(0.65, 0.3), num_heads=4)
     with pytest.raises(ManifestError, match=f"before blocks 0 to {DEPTH - 1}"):
         add_token_pruning(vit, late)
+    growing = TokenPruningConfig(before_blocks=(2, 4), keep_ratios=(0.4, 0.7), num_heads=4)
+    with pytest.raises(ManifestError, match="must not grow"):
+        add_token_pruning(vit, growing)
     add_token_pruning(vit, SETTINGS)
     with pytest.raises(UnsupportedModelError, match="already"):
         add_token_pruning(vit, SETTINGS)

@@ -14,6 +14,10 @@ GOOD = {
     "share_head_mlp": False,
     "paper_mlp1": True,
     "packages": "single",
+    "method": "spvit",
+    "proportional": True,
+    "merge_ratios": [],
+    "keep_grid": False,
 }
 
 
@@ -21,6 +25,13 @@ def test_settings_survive_json():
     settings = TokenPruningConfig.from_dict(GOOD)
     assert TokenPruningConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     assert settings.to_dict() == GOOD
+
+
+def test_settings_of_an_earlier_release_are_read():
+    later = {"method", "proportional", "merge_ratios", "keep_grid"}
+    assert TokenPruningConfig.from_dict({k: v for k, v in GOOD.items() if k not in later}) == (
+        TokenPruningConfig.from_dict(GOOD)
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +45,6 @@ def test_settings_survive_json():
         {"before_blocks": "36"},
         {"before_blocks": [True, 2]},
         {"keep_ratios": [0.7]},
-        {"keep_ratios": [0.4, 0.7]},
         {"keep_ratios": [0.7, 0.0]},
         {"keep_ratios": [1.2, 0.4]},
         {"keep_ratios": [float("nan"), 0.4]},
@@ -44,6 +54,14 @@ def test_settings_survive_json():
         {"num_heads": 2.0},
         {"share_head_mlp": 1},
         {"packages": "three"},
+        {"method": "spvitt"},
+        {"method": None},
+        {"method": "evit", "before_blocks": [0, 6]},
+        {"merge_ratios": [0.1, 0.1]},
+        {"method": "diffrate", "merge_ratios": [0.1]},
+        {"method": "diffrate", "merge_ratios": [0.31, 0.1]},
+        {"proportional": 0},
+        {"keep_grid": None},
         {"unknown": 1},
     ],
 )

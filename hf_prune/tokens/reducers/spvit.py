@@ -4,24 +4,14 @@ Letters: B images, N candidate tokens, H heads, D channels of one head.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import UnsupportedModelError
-
-
-class TokenScores(NamedTuple):
-    """A selector's opinion of B x N tokens.
-
-    Attributes:
-        logits: `(B, N, 2)`, unnormalised log-probabilities of keep (0) and drop (1).
-        keep_probability: `(B, N)` in (0, 1), the weight a dropped token gets in the package.
-    """
-
-    logits: Tensor
-    keep_probability: Tensor
+from hf_prune.tokens.config import Packages, TokenPruningConfig
+from hf_prune.tokens.reducers.base import Selector, TokenScores, View
 
 
 class HeadLinear(nn.Module):
@@ -39,7 +29,7 @@ class HeadLinear(nn.Module):
         return torch.baddbmm(bias, x, weight.expand(len(x), -1, -1))
 
 
-class SoftTokenSelector(nn.Module):
+class SoftTokenSelector(Selector):
     """Scores tokens per head slice and averages the heads by learned, token-dependent weights.
 
     Always computes in float32: half precision made the published training diverge.
@@ -58,7 +48,9 @@ class SoftTokenSelector(nn.Module):
         UnsupportedModelError: If `dim` cannot be split that way.
     """
 
-    keep_threshold: Tensor
+    learned: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
+    packages: ClassVar[Packages] = "single"
 
     def __init__(self, dim: int, num_heads: int, *, share_head_mlp: bool = False, paper_mlp1: bool = True) -> None:
         super().__init__()
@@ -90,6 +82,19 @@ class SoftTokenSelector(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         # A token is kept where logit(keep) - logit(drop) reaches this; calibration moves it off zero.
         self.register_buffer("keep_threshold", torch.zeros(()))
+
+    @classmethod
+    def build(
+        cls, dim: int, settings: TokenPruningConfig, stage: int, *, start_keep_ratio: float
+    ) -> "SoftTokenSelector":
+        """See `Reducer.build`; it starts by keeping about its share of the tokens that it sees."""
+        selector = cls(dim, settings.num_heads, share_head_mlp=settings.share_head_mlp, paper_mlp1=settings.paper_mlp1)
+        selector.start_at_keep_probability(start_keep_ratio)
+        return selector
+
+    def judge(self, view: View) -> TokenScores:
+        """See `Selector.judge`."""
+        return self(view.candidates, view.tokens.candidates_alive)
 
     @torch.no_grad()
     def start_at_keep_probability(self, keep_probability: float) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_prune.tokens.config import Packages
 from hf_prune.tokens.tokenset import TokenSet
 
 # Keep probabilities below this count as this much, so a package of tokens that are all worthless is their plain mean.
@@ -10,7 +11,7 @@ LEAST_WEIGHT = 1e-6
 
 
 def package_dropped(
-    candidates: Tensor, before: TokenSet, alive_after: Tensor, keep_probability: Tensor, *, per_stage: bool
+    candidates: Tensor, before: TokenSet, alive_after: Tensor, keep_probability: Tensor, *, packages: Packages
 ) -> tuple[Tensor, Tensor]:
     """Average the tokens a selector has just dropped, weighted by their keep probabilities.
 
@@ -22,12 +23,15 @@ def package_dropped(
         before: State before the decision.
         alive_after: `(B, n)`, patches still alive after it.
         keep_probability: `(B, n + p)`, the selector's opinion of the candidates.
-        per_stage: Append a package for this stage's tokens and keep the earlier ones, as the released
-            checkpoints expect; otherwise one package re-absorbs its predecessor.
+        packages: `"single"`: one package re-absorbs its predecessor. `"per_stage"`: append one for this stage's tokens
+            and keep the earlier ones, as the released checkpoints expect. `"none"`: what is dropped is gone.
 
     Returns:
         `(B, q, C)` packages and `(B, q)`, 1 where there is one: an image that never dropped anything has none.
     """
+    if packages == "none":
+        return candidates[:, before.alive.shape[1] :], before.packages_alive
+    per_stage = packages == "per_stage"
     dropped = before.alive - alive_after
     absorbed = torch.zeros_like(before.packages_alive) if per_stage else before.packages_alive
     share = torch.cat([dropped, absorbed], dim=1)

@@ -24,13 +24,12 @@ class GumbelNoise:
     world_size: int = 1
     step: int = 0
 
-    def draw(self, logits: Tensor, stage: int) -> Tensor:
-        """Return standard Gumbel noise of the shape of `logits`, `(B, N, 2)`."""
-        generator = torch.Generator(device=logits.device)
+    def draw(self, num_images: int, num_patches: int, stage: int, device: torch.device) -> Tensor:
+        """Return standard Gumbel noise for two choices on every patch of the grid, `(B, N, 2)`."""
+        generator = torch.Generator(device=device)
         generator.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + stage)
-        num_images = len(logits)
-        shape = (self.world_size * num_images, *logits.shape[1:])
-        uniform = torch.empty(shape, device=logits.device, dtype=torch.float32).exponential_(generator=generator)
+        shape = (self.world_size * num_images, num_patches, 2)
+        uniform = torch.empty(shape, device=device, dtype=torch.float32).exponential_(generator=generator)
         return -uniform[self.rank * num_images : (self.rank + 1) * num_images].clamp_min(1e-30).log()
 
 
@@ -67,3 +66,14 @@ def threshold_keep(logits: Tensor, threshold: Tensor) -> Tensor:
     Differs from the released SPViT code, which also samples at inference.
     """
     return (logits[..., 0] - logits[..., 1] >= threshold).to(logits.dtype)
+
+
+def top_keep(margin: Tensor, alive: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
+    """Return the decision `(B, N)` that keeps the `num_keep` best of those alive, and which they are, `(B, num_keep)`.
+
+    Shapes depend on `num_keep` alone, so a compiler and an exporter can follow.
+    """
+    # What is not alive comes last, whatever its margin.
+    ranked = torch.where(alive > 0, margin.detach(), torch.finfo(margin.dtype).min)
+    order = ranked.topk(num_keep, dim=1, sorted=False).indices
+    return torch.zeros_like(alive).scatter(1, order, 1.0), order

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.tokens.selector import SoftTokenSelector
+from hf_prune.tokens.reducers.spvit import SoftTokenSelector
 
 
 def released_state(num_heads: int, head_dim: int, *, shared: bool, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""What makes tokens fewer between two blocks, one method a file."""
