@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_prune.tokens.reducers.base import StageRecord
 from hf_prune.tokens.site import find_site, logits_of
 
 
@@ -51,25 +50,23 @@ def distillation_loss(
     teacher_logits: Tensor,
     teacher_tokens: Tensor,
     labels: Tensor,
-    last_stage: StageRecord,
+    alive: Tensor,
     *,
-    num_prefix_tokens: int,
     weights: DistillWeights,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the recovery loss of a masked training step, without the keep constraint.
+    """Return the recovery loss of a training step, without the keep constraint.
 
     Cross-entropy + KL(teacher || student) at temperature 1 + mean squared difference of the patch tokens that are
     alive after the last selector; class and package tokens do not count in the last.
 
     Args:
         logits: `(B, classes)` of the student.
-        tokens: `(B, T, C)` after the student's final norm; patches stand where the teacher has them.
+        tokens: `(B, N, C)` after the student's final norm, patch by patch of the grid.
         teacher_logits: `(B, classes)`.
-        teacher_tokens: `(B, T', C)`.
+        teacher_tokens: `(B, N, C)`.
         labels: `(B,)` class indices, or `(B, classes)` probabilities.
-        last_stage: Which patches survived.
-        num_prefix_tokens: Tokens in front of the patches.
+        alive: `(B, N)`, 1 where a patch survived the last selector.
         weights: Weights of the terms.
         label_smoothing: Of the cross-entropy.
 
@@ -80,7 +77,5 @@ def distillation_loss(
     loss = loss + weights.logits * F.kl_div(
         logits.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    alive = last_stage.keep.detach()
-    patches = slice(num_prefix_tokens, num_prefix_tokens + alive.shape[1])
-    difference = (tokens[:, patches].float() - teacher_tokens[:, patches].float()).square().mean(-1)
+    difference = (tokens.float() - teacher_tokens.float()).square().mean(-1)
     return loss + weights.tokens * (difference * alive).sum() / alive.sum().clamp_min(1)

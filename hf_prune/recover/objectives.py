@@ -76,6 +76,8 @@ class PruneTokens:
         seed: Of the Gumbel noise.
         weights: Of the distillation terms.
         label_smoothing: Of the cross-entropy.
+        removal_start: Share of the training from which on dropped tokens leave the sequence instead of being masked,
+            which saves time and memory. Until then a decision to drop feels what reading the token would be worth.
     """
 
     teacher: nn.Module
@@ -84,35 +86,40 @@ class PruneTokens:
     seed: int
     weights: DistillWeights = field(default_factory=DistillWeights)
     label_smoothing: float = 0.0
+    removal_start: float = 0.5
+    progress: float = 0.0
     mean_keep: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], *, batch_number: int) -> Tensor:
-        """Return the loss of one masked training step."""
+        """Return the loss of one training step."""
         student = self.accelerator.unwrap_model(model)
         pruning = token_pruning_of(student)
         pruning.noise = GumbelNoise(
             self.seed, self.accelerator.process_index, self.accelerator.num_processes, batch_number
         )
+        pruning.removes_in_training = self.progress >= self.removal_start
         teacher_logits, teacher_tokens = teach(self.teacher, batch["pixel_values"])
         with final_tokens(student) as tokens:
             logits = logits_of(model(batch["pixel_values"]))
+        patches = pruning.patches_on_grid(tokens[0])
+        first, num_patches = pruning.num_prefix_tokens, patches.shape[1]
         records = pruning.take_records()
         self.mean_keep = global_mean(torch.stack([record.keep.mean() for record in records]), self.accelerator)
         loss = distillation_loss(
             logits,
-            tokens[0],
+            patches,
             teacher_logits,
-            teacher_tokens,
+            teacher_tokens[:, first : first + num_patches],
             batch["labels"],
-            records[-1],
-            num_prefix_tokens=pruning.num_prefix_tokens,
+            records[-1].keep.detach()[:, :num_patches],
             weights=self.weights,
             label_smoothing=self.label_smoothing,
         )
         return loss + self.constraint.loss(self.mean_keep)
 
     def before_step(self, progress: float) -> None:
-        """Gradients stay as they are."""
+        """Gradients stay as they are; note how far training is."""
+        self.progress = progress
 
     def after_step(self) -> dict[str, float]:
         """Move the multipliers; report the mean keep ratios."""
@@ -120,9 +127,10 @@ class PruneTokens:
         return {f"keep_{stage}": value for stage, value in enumerate(self.mean_keep.tolist(), start=1)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The multipliers."""
-        return self.constraint.state_dict()
+        """The multipliers, and how far training is."""
+        return {**self.constraint.state_dict(), "progress": self.progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The multipliers."""
+        """Go on where a checkpoint was."""
         self.constraint.load_state_dict(state)
+        self.progress = float(state.get("progress", 0.0))

@@ -1,5 +1,7 @@
 """Token pruning inside a model that stays what it is: same class, same checkpoint keys, reducers beside them."""
 
+from functools import partial
+
 from torch import nn
 
 from hf_prune.errors import UnsupportedModelError
@@ -36,6 +38,8 @@ def add_token_pruning(model: nn.Module, settings: TokenPruningConfig) -> TokenPr
     pruning.train(model.training)
     site.owner.add_module(ATTRIBUTE, pruning)
     for stack in site.stacks:
+        for number, block in enumerate(stack.blocks.children() if pruning.keeps_grid else ()):
+            block.register_forward_hook(partial(pruning.back_on_grid, stack.first + number), prepend=True)
         setattr(stack.parent, stack.blocks_name, TokenBlocks(list(stack.blocks.children()), pruning, stack.first))
     site.norm.register_forward_hook(pruning.fill_after_norm)
     if site.pool is not None:

@@ -11,7 +11,7 @@ from hf_prune.tokens.attention import WatchAttention
 from hf_prune.tokens.packing import run_packed
 from hf_prune.tokens.pruning import ForwardRun, TokenPruning
 from hf_prune.tokens.rope import rope_of_kept, rope_of_packed
-from hf_prune.tokens.tokenset import TokenSet, to_grid
+from hf_prune.tokens.tokenset import TokenSet
 
 
 class BlockStep:
@@ -35,7 +35,7 @@ class BlockStep:
         tokens = run.tokens.get(self.index)
         if tokens is None:
             num_patches = x.shape[1] - pruning.num_prefix_tokens
-            tokens = TokenSet.all_patches(len(x), num_patches, x.device)
+            tokens = TokenSet.all_patches(x.shape[0], num_patches, x.device)
         elif pruning.keeps_grid:
             x = self._off_grid(x, tokens)
         if str(self.index) in pruning.selectors:
@@ -44,13 +44,16 @@ class BlockStep:
         run.tokens[self.index + 1] = tokens
         if tokens.is_whole:
             return self._watched(tokens, lambda: self.block(x, *args, **kwargs))
-        output = self._run(x, tokens, args, kwargs)
-        return self._on_grid(output, tokens, whole) if pruning.keeps_grid else output
+        if pruning.keeps_grid:
+            pruning.off_grid[self.index] = (run, tokens, whole)
+        return self._run(x, tokens, args, kwargs)
 
     def _run(self, x: Tensor, tokens: TokenSet, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the block on a sequence that is not the dense one."""
         name = self.pruning.mask_argument
         given = args[0] if args else kwargs.get(name)
+        if torch.compiler.is_compiling():
+            given = None  # transformers writes out a mask that hides nothing when it is traced
         if given is not None or len(args) > 1:
             raise UnsupportedModelError(
                 f"a token-pruned model cannot take an attention mask of its own, got one of type "
@@ -65,14 +68,15 @@ class BlockStep:
         if rope is not None:
             kwargs["rope"] = rope_of_packed(kwargs["rope"], packing, self.pruning.num_prefix_tokens)
         x = run_packed(self.block, x, packing, **{**kwargs, name: None})
-        return packing.unpack(x) if self.is_last or self.pruning.keeps_grid else x
+        return packing.unpack(x) if self.is_last and not self.pruning.keeps_grid else x
 
     def _watched(self, tokens: TokenSet, call: Callable[[], Any]) -> Any:
         """Run the block, and note its attention where the next reducer reads it."""
         if not self.pruning.watches(self.index):
             return call()
         num_prefix = self.pruning.num_prefix_tokens
-        with WatchAttention(has_class_token=num_prefix > 0) as watch:
+        watch = WatchAttention(has_class_token=num_prefix > 0)  # not `with ... as`, which torch.compile gets wrong
+        with watch:
             output = call()
         self.run.attention[self.index + 1] = watch.seen(
             self.block, None if tokens.all_alive else tokens.policy(num_prefix)
@@ -88,13 +92,6 @@ class BlockStep:
             patches = patches.gather(1, tokens.index.unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
         x = torch.cat([prefix, patches] if packages is None else [prefix, patches, packages], dim=1)
         return x if self.run.packing is None else self.run.packing.pack(x)
-
-    def _on_grid(self, output: Tensor, tokens: TokenSet, whole: Tensor) -> Tensor:
-        """Put a block's output back on the grid; what is not in play keeps the features it had."""
-        num_prefix, num_slots = self.pruning.num_prefix_tokens, tokens.alive.shape[1]
-        prefix, patches, packages = output.split([num_prefix, num_slots, output.shape[1] - num_prefix - num_slots], 1)
-        self.run.packages[self.index + 1] = packages
-        return torch.cat([prefix, to_grid(patches, tokens, whole[:, num_prefix:])], dim=1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)

@@ -16,7 +16,7 @@ from hf_prune.tokens.reducers.decide import GumbelNoise
 from hf_prune.tokens.reducers.registry import reducer_class
 from hf_prune.tokens.runtime import Runtime, has_fixed_counts, packs, removes, require_exportable
 from hf_prune.tokens.site import TokenSite
-from hf_prune.tokens.tokenset import TokenSet, fill_dropped, hide_keys
+from hf_prune.tokens.tokenset import TokenSet, fill_dropped, hide_keys, to_grid
 
 
 @dataclass
@@ -44,7 +44,7 @@ class TokenPruning(nn.Module):
     """The reducers of a model and the rules by which its blocks see fewer tokens.
 
     Registered on the model as `token_pruning`. Where decisions are learned, training hides dropped tokens from the
-    others by attention masking and removes nothing, unless `removes_in_training`. Elsewhere, and in evaluation, they leave.
+    others by attention masking and removes nothing, unless `removes_in_training`. Otherwise they leave.
 
     Attributes:
         settings: What the reducers are and where they sit.
@@ -70,6 +70,8 @@ class TokenPruning(nn.Module):
         self.removes_in_training = False
         self.noise: GumbelNoise | None = GumbelNoise(seed=0)
         self.last_run: ForwardRun | None = None
+        # By block that runs now, where the grid is kept: its run, its tokens, and the grid it came from.
+        self.off_grid: dict[int, tuple[ForwardRun, TokenSet, Tensor]] = {}
         self.selectors = nn.ModuleDict()
         self._firsts = [stack.first for stack in site.stacks]
         self._dims = {block: site.stack_of(block).dim for block in range(site.depth)}
@@ -155,11 +157,25 @@ class TokenPruning(nn.Module):
             )
         return records
 
+    def patches_on_grid(self, sequence: Tensor) -> Tensor:
+        """Return `(B, N, C)`: the patches of a sequence `(B, T, C)` behind the last block, zeros where none is left.
+
+        Call before `take_records`. Models whose final norm sees no patches give `(B, 0, C)`.
+        """
+        assert self.last_run is not None
+        tokens, rest = self.last_run.latest, sequence[:, self.num_prefix_tokens :]
+        if self.keeps_grid or tokens.source is not None:
+            return rest
+        shape = (rest.shape[0], tokens.num_patches, rest.shape[-1])
+        return to_grid(rest[:, : tokens.alive.shape[1]], tokens, rest.new_zeros(shape))
+
     def start(self, first_block: int = 0) -> ForwardRun:
         """Open the record of a new forward pass, or of the next grid in the same one."""
         run = ForwardRun()
         if first_block and self.last_run is not None:
             run.records = self.last_run.records
+        else:
+            self.off_grid.clear()
         self.last_run = run
         return run
 
@@ -201,7 +217,7 @@ class TokenPruning(nn.Module):
         require_exportable(reducer, self.runtime, fixed=fixed)
         noise = None
         if self.training and self.noise is not None and reducer.learned and not fixed:
-            noise = self.noise.draw(len(tokens.alive), tokens.num_patches, block, tokens.alive.device)
+            noise = self.noise.draw(tokens.alive.shape[0], tokens.num_patches, block, tokens.alive.device)
         ratio = self.settings.keep_ratios[self.settings.before_blocks.index(block)]
         return Rule(
             num_keep=max(round(ratio * tokens.num_patches), 1),
@@ -221,6 +237,22 @@ class TokenPruning(nn.Module):
         if bias is None or logs is None:
             return logs if bias is None else bias
         return bias + logs
+
+    def back_on_grid(self, block: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        """Forward hook of a block, where the grid is kept: what is not in play keeps the features it had.
+
+        A hook, and the first of the block's, so that whoever else collects outputs of blocks gets whole grids.
+        """
+        # While training a block may be run again, long after the forward pass.
+        state = self.off_grid.get(block) if torch.is_grad_enabled() else self.off_grid.pop(block, None)
+        if state is None:
+            return output
+        run, tokens, whole = state
+        output = output if run.packing is None else run.packing.unpack(output)
+        num_prefix, num_slots = self.num_prefix_tokens, tokens.alive.shape[1]
+        prefix, patches, packages = output.split([num_prefix, num_slots, output.shape[1] - num_prefix - num_slots], 1)
+        run.packages[block + 1] = packages
+        return torch.cat([prefix, to_grid(patches, tokens, whole[:, num_prefix:])], dim=1)
 
     def fill_after_norm(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         """Forward hook of the final norm: see `fill_dropped`."""

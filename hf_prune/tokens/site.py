@@ -10,9 +10,9 @@ from torch import nn
 from hf_prune.errors import UnsupportedModelError
 
 SUPPORTED = (
-    "ViT, DeiT (plain and distilled), DINOv2 (with and without registers) and SigLIP image classifiers of transformers, "
-    "its DINOv2 backbones, and timm's VisionTransformer, Eva and PiT families (ViT, DeiT, DeiT-III, DINOv2, SigLIP, EVA, "
-    "PiT)"
+    "ViT, DeiT (plain and distilled), DINOv2 (with and without registers) and SigLIP image classifiers and DINOv2 "
+    "backbones of transformers, and timm's VisionTransformer, Eva and PiT families (ViT, DeiT, DeiT-III, DINOv2, "
+    "SigLIP, EVA, PiT)"
 )
 MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model")
 # Plain stacks of blocks, older and newer layouts of the same model; the first that exists is taken.

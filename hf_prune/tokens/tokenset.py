@@ -59,24 +59,24 @@ class TokenSet:
         """Return `(B, n)`: the grid position of each slot."""
         if self.index is not None:
             return self.index
-        return torch.arange(self.num_patches, device=self.alive.device).expand(len(self.alive), -1)
+        return torch.arange(self.num_patches, device=self.alive.device).expand(self.alive.shape[0], -1)
 
     def grid_mask(self) -> Tensor:
         """Return `(B, N)`: which patches of the image are in play themselves."""
         if self.index is None:
             return self.alive
-        mask = self.alive.new_zeros(len(self.alive), self.num_patches)
+        mask = self.alive.new_zeros(self.alive.shape[0], self.num_patches)
         return mask.scatter_add(1, self.index, self.alive)
 
     def sources(self) -> Tensor:
         """Return `(B, N)`: the slot that stands for each patch of the grid, -1 where none does."""
         if self.source is not None:
             return self.source
-        slots = torch.arange(self.alive.shape[1], device=self.alive.device).expand(len(self.alive), -1)
+        slots = torch.arange(self.alive.shape[1], device=self.alive.device).expand(self.alive.shape[0], -1)
         slots = torch.where(self.alive > 0, slots, -1)
         if self.index is None:
             return slots
-        return slots.new_full((len(slots), self.num_patches), -1).scatter(1, self.index, slots)
+        return slots.new_full((slots.shape[0], self.num_patches), -1).scatter(1, self.index, slots)
 
     def sizes(self) -> Tensor:
         """Return `(B, n)`: how many patches each slot stands for."""
@@ -184,6 +184,8 @@ def to_grid(patches: Tensor, tokens: TokenSet, others: Tensor) -> Tensor:
         tokens: Their state.
         others: `(B, N, C)`, what the patches have that nothing stands for: their last features, or zeros.
     """
+    if patches.shape[1] == 0:
+        return others
     source = tokens.sources().unsqueeze(-1)
     here = patches.gather(1, source.clamp_min(0).expand(-1, -1, patches.shape[-1]))
     return torch.where(source >= 0, here, others)

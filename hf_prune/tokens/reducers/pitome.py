@@ -30,7 +30,7 @@ class EnergyMerge(Merger):
         patches, num_slots = view.patches, view.patches.shape[1]
         num_gone = num_slots - num_keep
         keys = view.keys()[:, :num_slots]
-        slots = torch.arange(num_slots, device=patches.device).expand(len(patches), -1)
+        slots = torch.arange(num_slots, device=patches.device).expand(patches.shape[0], -1)
         with torch.no_grad():
             cosines = similarities(keys, slots, slots)
             # A token's own cosine adds the same to all.

@@ -26,7 +26,7 @@ class HeadLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(H, R, in_features)` to `(H, R, out_features)`, R rows of tokens."""
         weight, bias = self.weight.transpose(1, 2), self.bias.unsqueeze(1)
-        return torch.baddbmm(bias, x, weight.expand(len(x), -1, -1))
+        return torch.baddbmm(bias, x, weight.expand(x.shape[0], -1, -1))
 
 
 class SoftTokenSelector(Selector):

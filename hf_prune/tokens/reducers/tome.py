@@ -24,7 +24,7 @@ class BipartiteMerge(Merger):
 
     def merge(self, view: View, num_keep: int) -> tuple[Tensor, TokenSet]:
         """See `Merger.merge`."""
-        patches, num_images, num_slots = view.patches, len(view.patches), view.patches.shape[1]
+        patches, num_images, num_slots = view.patches, view.patches.shape[0], view.patches.shape[1]
         slots = torch.arange(num_slots, device=patches.device).expand(num_images, -1)
         seekers, others = slots[:, ::2], slots[:, 1::2]
         with torch.no_grad():
