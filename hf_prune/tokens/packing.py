@@ -21,8 +21,6 @@ from hf_prune.tokens.tokenset import hide_keys
 # Packing costs some dozens of small operations a block; below this many multiply-accumulates of linear layers saved
 # a block (about a millisecond of a CPU core) padding is cheaper.
 PACK_FROM_MACS = 5e7
-# On a CPU attention is as fast per image on a few images as on many, so images of like length are put together.
-IMAGES_PER_BUCKET = 16
 
 
 @dataclass(frozen=True)
@@ -31,39 +29,45 @@ class Bucket:
 
     Attributes:
         tokens: Their tokens in the packed sequence.
-        source: `(b * t)`, for each padded position the token that stands there, counted from the bucket's first.
-        place: `(l,)`, padded position of each token.
         num_images: b.
+        source: `(b * t)`, for each padded position the token that stands there, counted from the bucket's first; None
+            where all are equally long, so that nothing must be copied.
+        place: `(l,)`, padded position of each token, or None likewise.
         bias: `(b, 1, 1, t)`, hides the padding; None where there is none. While training `(b, 1, t, t)`, which carries
             the gradient of the decisions as well.
     """
 
     tokens: slice
-    source: Tensor
-    place: Tensor
     num_images: int
+    source: Tensor | None
+    place: Tensor | None
     bias: Tensor | None
 
     @classmethod
     def of(cls, lengths: Tensor, start: int, policy: Tensor, *, training: bool) -> "Bucket":
         """Return the bucket of images of these lengths whose tokens begin at `start` of `policy` `(L,)`."""
+        stop = start + int(lengths.sum())
+        if bool((lengths == lengths[0]).all()):
+            keys = policy[start:stop].unflatten(0, (len(lengths), -1))
+            bias = hide_keys(keys, training=True, see_self=True) if training else None
+            return cls(slice(start, stop), len(lengths), None, None, bias)
         column = torch.arange(int(lengths.max()), device=lengths.device)
         real = column < lengths[:, None]
         first = (lengths.cumsum(0) - lengths)[:, None]
         source = first + torch.minimum(column, lengths[:, None] - 1)
-        stop = start + int(lengths.sum())
-        keys = policy[start:stop][source] * real
-        bias = hide_keys(keys, training=training, see_self=training)
-        return cls(slice(start, stop), source.flatten(), real.flatten().nonzero().squeeze(1), len(lengths), bias)
+        bias = hide_keys(policy[start:stop][source] * real, training=training, see_self=training)
+        return cls(slice(start, stop), len(lengths), source.flatten(), real.flatten().nonzero().squeeze(1), bias)
 
     def pad(self, part: Tensor) -> Tensor:
         """Turn the bucket's share of `(1, H, L, D)` into `(b, H, t, D)`."""
-        rows = part[0].transpose(0, 1)[self.tokens].index_select(0, self.source)
+        rows = part[0].transpose(0, 1)[self.tokens]
+        rows = rows if self.source is None else rows.index_select(0, self.source)
         return rows.unflatten(0, (self.num_images, -1)).transpose(1, 2)
 
     def unpad(self, output: Tensor) -> Tensor:
         """Turn `(b, H, t, D)` into the bucket's tokens `(l, H, D)`."""
-        return output.transpose(1, 2).flatten(0, 1).index_select(0, self.place)
+        rows = output.transpose(1, 2).flatten(0, 1)
+        return rows if self.place is None else rows.index_select(0, self.place)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,10 @@ class Packing:
         source[place] = torch.arange(len(place), device=place.device)
         kept = policy.flatten()[place]
         buckets, start = [], 0
-        for part in lengths.split(IMAGES_PER_BUCKET if policy.device.type == "cpu" else num_images):
+        # On a CPU attention is as fast on one image as on many, so only images of one length are put together.
+        # Elsewhere one padded call costs less than many calls.
+        groups = lengths.unique_consecutive(return_counts=True)[1].tolist()
+        for part in lengths.split(groups if policy.device.type == "cpu" else [num_images]):
             buckets.append(Bucket.of(part, start, kept, training=training))
             start = buckets[-1].tokens.stop
         return cls(num_images, length, place, source, buckets)

@@ -21,7 +21,8 @@ class HeadLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_weights, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_weights, out_features))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        # Heads are narrow: at the usual 0.02 four layers of them say nothing, and learn for long to say anything.
+        nn.init.trunc_normal_(self.weight, std=in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(H, R, in_features)` to `(H, R, out_features)`, R rows of tokens."""
@@ -36,7 +37,8 @@ class SoftTokenSelector(Selector):
 
     Source: Kong et al., SPViT, ECCV 2022, arXiv 2112.13890. As in the released code, the decision's logits are
     the head-weighted mean of log-probabilities and the package weight that of probabilities. Differs from it
-    by one MLP per head and the paper's first MLP (both switchable), and by denominators that cannot be zero.
+    by one MLP per head and the paper's first MLP (both switchable), by denominators that cannot be zero, and by weights
+    that start at 1 / sqrt(inputs) instead of 0.02, which makes short training find a good order of the tokens.
 
     Args:
         dim: Token width; a multiple of `num_heads`, at least 4 per head.
