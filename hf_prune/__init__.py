@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from hf_prune.publish.save import load, save
     from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
     from hf_prune.tokens.config import TokenPruningConfig
+    from hf_prune.tokens.two_speed import add_two_speed, two_speed_of
+    from hf_prune.tokens.two_speed_config import TwoSpeedConfig
+    from hf_prune.tokens.two_speed_fit import fit_two_speed
 
 __version__ = "0.1.0"
 
@@ -29,10 +32,13 @@ _HOMES = {
     "Limits": "hf_prune.allocate.allocators",
     "Plan": "hf_prune.allocate.plan",
     "TokenPruningConfig": "hf_prune.tokens.config",
+    "TwoSpeedConfig": "hf_prune.tokens.two_speed_config",
     "add_token_pruning": "hf_prune.tokens.attach",
+    "add_two_speed": "hf_prune.tokens.two_speed",
     "analyze": "hf_prune.pipeline",
     "apply_plan": "hf_prune.pipeline",
     "compare": "hf_prune.measure.model",
+    "fit_two_speed": "hf_prune.tokens.two_speed_fit",
     "load": "hf_prune.publish.save",
     "manifest": "hf_prune.publish.describe:on_record",
     "plan": "hf_prune.pipeline",
@@ -41,6 +47,7 @@ _HOMES = {
     "push_to_hub": "hf_prune.publish.hub",
     "save": "hf_prune.publish.save",
     "token_pruning_of": "hf_prune.tokens.attach",
+    "two_speed_of": "hf_prune.tokens.two_speed",
     "write_card": "hf_prune.publish.folder_card",
 }
 
@@ -52,10 +59,13 @@ __all__ = [
     "Limits",
     "Plan",
     "TokenPruningConfig",
+    "TwoSpeedConfig",
     "add_token_pruning",
+    "add_two_speed",
     "analyze",
     "apply_plan",
     "compare",
+    "fit_two_speed",
     "load",
     "manifest",
     "measure",
@@ -65,6 +75,7 @@ __all__ = [
     "push_to_hub",
     "save",
     "token_pruning_of",
+    "two_speed_of",
     "write_card",
 ]
 

@@ -13,6 +13,7 @@ from hf_prune.publish.structure_json import to_json
 from hf_prune.publish.uniform import fields_for
 from hf_prune.surgery.structure import Structure, structure_of
 from hf_prune.tokens.pruning import TokenPruning
+from hf_prune.tokens.two_speed import TwoSpeed
 
 if TYPE_CHECKING:
     from hf_prune.pipeline import PruneRecord
@@ -40,7 +41,7 @@ def manifest_of(model: nn.Module, base_model: str | None = None) -> Manifest:
         UnsupportedModelError: If hf_prune did not prune the model.
     """
     structure = structure_of(model)
-    tokens = next((module for module in model.modules() if isinstance(module, TokenPruning)), None)
+    tokens = next((module for module in model.modules() if isinstance(module, TokenPruning | TwoSpeed)), None)
     if structure == Structure() and tokens is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} must be pruned by hf_prune in this process, or be loaded from a model that was; "
@@ -93,8 +94,8 @@ def history_of(model: nn.Module) -> list[dict[str, Any]]:
     return vars(model).get(HISTORY, [])
 
 
-def note(model: nn.Module, record: "PruneRecord") -> None:
-    """Add a cut to the history, and describe the model anew."""
+def note(model: nn.Module, record: "PruneRecord", tokens: Mapping[str, Any] | None = None) -> None:
+    """Add a cut, or reducers by their settings, to the history, and describe the model anew."""
     step = {
         "plan": record.plan.to_json(),
         "params": list(record.params),
@@ -103,6 +104,7 @@ def note(model: nn.Module, record: "PruneRecord") -> None:
         "not_compared_because": record.not_exact,
         "base_model": base_model_of(model),
         "versions": versions(),
+        **({} if tokens is None else {"tokens": dict(tokens)}),
     }
     vars(model)[HISTORY] = [*history_of(model), step]
     describe(model)

@@ -16,6 +16,8 @@ from hf_prune.errors import ManifestError
 from hf_prune.tokens.attach import ATTRIBUTE
 from hf_prune.tokens.config import TokenPruningConfig
 from hf_prune.tokens.reducers.registry import reducer_class
+from hf_prune.tokens.two_speed import ATTRIBUTE as TWO_SPEED
+from hf_prune.tokens.two_speed_config import TwoSpeedConfig
 
 KEY = "hf_prune"
 FORMAT_VERSION = 2
@@ -27,7 +29,7 @@ class Manifest:
 
     Attributes:
         structure: How the skeleton differs from the dense one, see `publish.structure_json`; None if it does not.
-        tokens: The token selectors; None if there are none.
+        tokens: The token selectors, or those of two-speed FFNs; None if there are none.
         blocks: Prefix of the transformer blocks in the checkpoint file, for example `vit.encoder.layer`.
         selectors: Prefix of the selectors in the checkpoint file, for example `vit.token_pruning`.
         base_model: Hub id of the dense weights, if there is one.
@@ -35,7 +37,7 @@ class Manifest:
     """
 
     structure: Mapping[str, Any] | None = None
-    tokens: TokenPruningConfig | None = None
+    tokens: TokenPruningConfig | TwoSpeedConfig | None = None
     blocks: str = ""
     selectors: str = ""
     base_model: str | None
@@ -101,8 +103,8 @@ class Manifest:
         if self.tokens is None:
             return
         keys, prefix = set(checkpoint_keys), f"{self.selectors}.selectors."
-        learned = reducer_class(self.tokens.method).learned
-        wanted = {str(block) for block in self.tokens.before_blocks} if learned else set()
+        learned = isinstance(self.tokens, TwoSpeedConfig) or reducer_class(self.tokens.method).learned
+        wanted = {str(block) for block in self.tokens.before_blocks or ()} if learned else set()
         held = {key.removeprefix(prefix).partition(".")[0] for key in keys if learned and key.startswith(prefix)}
         if held != wanted or not any(key.startswith(f"{self.blocks}.") for key in keys):
             raise ManifestError(
@@ -140,7 +142,8 @@ def _tokens(tokens: Any) -> dict[str, Any]:
     names = {key: tokens.get(key) for key in ("blocks", "selectors")}
     if not all(isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.]{0,200}", name) for name in names.values()):
         raise ManifestError(f"`blocks` and `selectors` must be names of a checkpoint, got {names!r:.120}")
-    return {"tokens": TokenPruningConfig.from_dict(rest), **names}
+    kind = TwoSpeedConfig if rest.get("method") == TwoSpeedConfig.method else TokenPruningConfig
+    return {"tokens": kind.from_dict(rest), **names}
 
 
 def versions() -> dict[str, str]:
@@ -151,8 +154,8 @@ def versions() -> dict[str, str]:
 def checkpoint_prefixes(checkpoint_keys: Iterable[str]) -> tuple[str, str]:
     """Return the prefixes of blocks and selectors among the names of a checkpoint, as if there were any selectors."""
     keys = list(checkpoint_keys)
-    found = (key.partition(f"{ATTRIBUTE}.")[0] + ATTRIBUTE for key in keys if f"{ATTRIBUTE}." in key)
-    selectors = next(found, ATTRIBUTE)
+    places = [(key, name) for key in keys for name in (ATTRIBUTE, TWO_SPEED) if f"{name}." in key]
+    selectors = next((key.partition(f"{name}.")[0] + name for key, name in places), ATTRIBUTE)
     others = (re.match(r"(.*?)\.\d+\.", key) for key in keys if not key.startswith(selectors))
     blocks, _ = Counter(match.group(1) for match in others if match).most_common(1)[0]
     return blocks, selectors

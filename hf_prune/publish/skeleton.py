@@ -5,12 +5,15 @@ from dataclasses import replace
 
 from torch import nn
 
+from hf_prune.analyse.running import named_tensors
 from hf_prune.errors import ManifestError, SurgeryError, TraceError
 from hf_prune.publish.manifest import Manifest
 from hf_prune.publish.structure_json import from_json, part_of
 from hf_prune.surgery.rederive import rederive
 from hf_prune.surgery.structure import Structure, rebuild
 from hf_prune.tokens.attach import TokenPruning, add_token_pruning
+from hf_prune.tokens.two_speed import TwoSpeed, add_two_speed
+from hf_prune.tokens.two_speed_config import TwoSpeedConfig
 
 
 def build(
@@ -35,7 +38,9 @@ def build(
         ManifestError: If the manifest does not fit the model.
     """
     if manifest.selectors_are_cut():
+        before = set(named_tensors(model))
         add_tokens(model, manifest)
+        names = {**names, **{name: name for name in named_tensors(model) if name not in before}}
     if manifest.structure is not None:
         rebuild(model, structure_for(model, manifest, names, whole=whole, dense=dense))
     add_tokens(model, manifest)
@@ -85,7 +90,11 @@ def _fresh_parameters(model: nn.Module, manifest: Manifest, names: Mapping[str, 
 
 def add_tokens(model: nn.Module, manifest: Manifest) -> None:
     """Add the selectors, if there are to be any and there are none yet."""
-    if manifest.tokens is not None and not any(isinstance(module, TokenPruning) for module in model.modules()):
+    if manifest.tokens is None or any(isinstance(module, TokenPruning | TwoSpeed) for module in model.modules()):
+        return
+    if isinstance(manifest.tokens, TwoSpeedConfig):
+        add_two_speed(model, manifest.tokens)
+    else:
         add_token_pruning(model, manifest.tokens)
 
 

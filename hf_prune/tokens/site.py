@@ -115,7 +115,7 @@ def find_site(model: nn.Module) -> TokenSite:
     kind = getattr(config, "model_type", None) or type(model).__name__
     raise UnsupportedModelError(
         f"token pruning needs a plain vision transformer, got '{kind}' ({type(model).__name__}); "
-        f"supported are {SUPPORTED}"
+        f"supported are {SUPPORTED}; Swin takes `hf_prune.add_two_speed` instead"
     )
 
 
