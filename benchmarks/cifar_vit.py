@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +30,7 @@ BATCH_SIZE, PEAK_RATE, WEIGHT_DECAY, CROP_PAD = 128, 1.5e-3, 0.05, 4
 
 def small_vit() -> nn.Module:
     """Return the ViT, untrained."""
-    size = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3, "num_classes": 10}
+    size: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3, "num_classes": 10}
     return timm.create_model("vit_tiny_patch16_224", **size)
 
 
@@ -68,7 +69,7 @@ def train(model: nn.Module, pixels: Tensor, labels: Tensor, taught: Tensor, epoc
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, num_steps, pct_start=0.15)
     model.train()
     for epoch in range(epochs):
-        started = time.perf_counter()
+        started, loss = time.perf_counter(), torch.tensor(0.0)
         for batch in torch.randperm(len(pixels)).split(BATCH_SIZE)[: len(pixels) // BATCH_SIZE]:
             mirrored = torch.rand(len(batch)) < 0.5
             logits = model(augmented(pixels[batch], mirrored))

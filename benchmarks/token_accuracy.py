@@ -177,7 +177,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.annotate(f"dense, {dense['macs'] / 1e6:.0f} M", (1, 100 * dense["top1"]), xycoords=("axes fraction", "data"),
                   ha="right", va="bottom", color="0.3")  # fmt: skip
     axes.set(xlabel="million MACs an image", ylabel="top-1, %", title="CIFAR-10, ViT of 8 blocks, one short epoch")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.4))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
