@@ -8,6 +8,7 @@ import torch
 from score_nets import batches, kill_unit, permute_units
 
 from hf_prune.score.bn_scale import BnScale
+from hf_prune.score.grasp import Grasp
 from hf_prune.score.magnitude import Magnitude
 from hf_prune.score.random import Random
 from hf_prune.score.registry import CRITERIA, criterion
@@ -22,7 +23,13 @@ def rule(request):
     found = criterion(request.param)
     if found == BnScale() and "case" in request.fixturenames and not request.getfixturevalue("case").has_batch_norm:
         pytest.skip("a transformer has no BatchNorm")
-    return found
+    # A few steps take the road that many take.
+    return dataclasses.replace(found, steps=5) if goes_by_steps(found) else found
+
+
+def goes_by_steps(rule):
+    """Whether a criterion removes units while it scores, so that what an axis scores hangs on the others."""
+    return hasattr(rule, "steps")
 
 
 def test_scores_are_finite_non_negative_and_one_a_unit(rule, case):
@@ -45,7 +52,8 @@ def test_scores_are_the_same_again_and_for_some_axes_alone(rule, case):
     assert list(alone) == [case.axes[1].name]
     for name, values in again.items():
         assert torch.equal(scores[name], values)
-    torch.testing.assert_close(alone[case.axes[1].name], scores[case.axes[1].name])
+    if not goes_by_steps(rule):
+        torch.testing.assert_close(alone[case.axes[1].name], scores[case.axes[1].name])
 
 
 def test_scores_follow_a_permutation_of_units(rule, case):
@@ -72,6 +80,8 @@ def test_channels_last_changes_nothing(rule, convnet):
 def test_dead_unit_scores_lowest(rule, convnet):
     if isinstance(rule, Random):
         pytest.skip("random scores do not look")
+    if isinstance(rule, Grasp):
+        pytest.skip("units that hold gradients back go before those that do nothing")
     for axis, unit in zip(convnet.axes, (3, 7, 30), strict=True):
         dead = convnet.copy()
         kill_unit(dead.model, axis, unit)
@@ -125,7 +135,7 @@ def test_criterion_says_what_it_needs(rule, convnet):
 # Random looks at nothing; activations are what arrives at readers, whatever they make of it, and BatchNorm scale is
 # of norms only; magnitudes are of weights, FPGM of those with more than a scale, WHC of all layers.
 MEMBERS = {"magnitude": "weights", "lamp": "weights", "fpgm": "layers", "whc": "all", "taylor": "all", "fisher": "all",
-           "activation": "writers carriers", "bn_scale": "scales"}  # fmt: skip
+           "activation": "writers carriers", "bn_scale": "scales", "snip": "all", "grasp": "all"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEMBERS)

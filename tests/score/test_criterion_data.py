@@ -7,11 +7,13 @@ from hf_prune.score.fisher import Fisher
 from hf_prune.score.registry import CRITERIA, criterion
 from hf_prune.score.taylor import Taylor
 
+# Images that the model sees at a time, where those are not the batch.
+AT_A_TIME = {"fisher": 1, "grasp": 16}
 NEEDY = [name for name in CRITERIA if criterion(name).needs != "none"]
 
 
 def test_some_criteria_need_data():
-    assert NEEDY == ["activation", "fisher", "fluctuation", "taylor"]
+    assert NEEDY == ["activation", "fisher", "fluctuation", "force", "grasp", "snip", "taylor"]
 
 
 @pytest.mark.parametrize("name", NEEDY)
@@ -56,7 +58,7 @@ def test_data_are_streamed(name, convnet):
     handle.remove()
     assert runs[0] == "read"
     assert runs.count("read") == len(convnet.data)
-    assert runs[2 if name != "fisher" else 33] == "read"
+    assert runs[1 + 32 // AT_A_TIME.get(name, 32)] == "read"
 
 
 @pytest.mark.parametrize("name", NEEDY)
@@ -104,4 +106,6 @@ def test_half_precision_models_are_scored(name, convnet):
     convnet.model.to(torch.bfloat16)
     for axis, values in convnet.score(criterion(name)).items():
         assert values.dtype == torch.float32
-        assert torch.corrcoef(torch.stack([values, expected[axis]]))[0, 1] > 0.95
+        # Steps go on from what they did before, and so from each other's differences.
+        least = 0.85 if name == "force" else 0.95
+        assert torch.corrcoef(torch.stack([values, expected[axis]]))[0, 1] > least
