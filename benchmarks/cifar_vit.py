@@ -30,8 +30,8 @@ BATCH_SIZE, PEAK_RATE, WEIGHT_DECAY, CROP_PAD = 128, 1.5e-3, 0.05, 4
 
 def small_vit() -> nn.Module:
     """Return the ViT, untrained."""
-    size: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3, "num_classes": 10}
-    return timm.create_model("vit_tiny_patch16_224", **size)
+    size: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **size)
 
 
 def augmented(pixels: Tensor, mirrored: Tensor) -> Tensor:
