@@ -9,8 +9,10 @@ from hf_prune.late import when_imported
 if TYPE_CHECKING:
     from hf_prune.allocate.allocators import Limits
     from hf_prune.allocate.budget import Budget
+    from hf_prune.allocate.joint_plan import JointPlan
     from hf_prune.allocate.plan import Plan
     from hf_prune.analyse.graph import AxisGraph
+    from hf_prune.joint import apply_joint, plan_joint
     from hf_prune.measure.model import compare, measure
     from hf_prune.pipeline import analyze, apply_plan, plan, prune
     from hf_prune.publish.describe import on_record as manifest
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AxisGraph": "hf_prune.analyse.graph",
     "Budget": "hf_prune.allocate.budget",
+    "JointPlan": "hf_prune.allocate.joint_plan",
     "Limits": "hf_prune.allocate.allocators",
     "Plan": "hf_prune.allocate.plan",
     "TokenPruningConfig": "hf_prune.tokens.config",
@@ -36,12 +39,14 @@ _HOMES = {
     "add_token_pruning": "hf_prune.tokens.attach",
     "add_two_speed": "hf_prune.tokens.two_speed",
     "analyze": "hf_prune.pipeline",
+    "apply_joint": "hf_prune.joint",
     "apply_plan": "hf_prune.pipeline",
     "compare": "hf_prune.measure.model",
     "fit_two_speed": "hf_prune.tokens.two_speed_fit",
     "load": "hf_prune.publish.save",
     "manifest": "hf_prune.publish.describe:on_record",
     "plan": "hf_prune.pipeline",
+    "plan_joint": "hf_prune.joint",
     "prune": "hf_prune.pipeline",
     "push_folder": "hf_prune.publish.hub",
     "push_to_hub": "hf_prune.publish.hub",
@@ -56,6 +61,7 @@ __all__ = [
     "Budget",
     "HfPruneError",
     "HfPruneWarning",
+    "JointPlan",
     "Limits",
     "Plan",
     "TokenPruningConfig",
@@ -63,6 +69,7 @@ __all__ = [
     "add_token_pruning",
     "add_two_speed",
     "analyze",
+    "apply_joint",
     "apply_plan",
     "compare",
     "fit_two_speed",
@@ -70,6 +77,7 @@ __all__ = [
     "manifest",
     "measure",
     "plan",
+    "plan_joint",
     "prune",
     "push_folder",
     "push_to_hub",

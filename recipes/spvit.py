@@ -9,32 +9,35 @@ Source  Kong et al., SPViT: Enabling Faster Vision Transformers via Latency-Awar
         ECCV 2022, arXiv 2112.13890.
 """
 
-import copy
 import dataclasses
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hf_prune.errors import HfPruneError, RecipeError
-from hf_prune.measure.evidence import TargetShare, latency_ratio, time_models
-from hf_prune.measure.report import print_report
-from hf_prune.measure.token_cost import BlockProbe, TokenCost
-from hf_prune.measure.token_table import TokenTable, measure_token_table, table_setting
-from hf_prune.publish.run_folder import Evidence, publish_run
+from hf_prune.measure.evidence import TargetShare
+from hf_prune.measure.token_cost import TokenCost
+from hf_prune.measure.token_table import TokenTable
 from hf_prune.recipe.job import Job, open_job
-from hf_prune.recipe.settings import RecipeSettings, parse
-from hf_prune.recover.objectives import PruneTokens
-from hf_prune.recover.rates import TwoRates, freeze_positions
+from hf_prune.recipe.settings import parse
+from hf_prune.recipe.tokens import (
+    TokenSettings,
+    finish,
+    measured_on_table,
+    new_student,
+    open_table,
+    require_one_grid,
+    target_share,
+    train_selectors,
+)
 from hf_prune.tokens.attach import add_token_pruning, token_pruning_of
 from hf_prune.tokens.calibrate import calibrate_thresholds
 from hf_prune.tokens.config import Packages, TokenPruningConfig
-from hf_prune.tokens.constraint import Constraint, keep_constraint, latency_constraint
+from hf_prune.tokens.constraint import keep_constraint, latency_constraint
 from hf_prune.tokens.fit import fit_to_target
 from hf_prune.tokens.insertion import Trial, insert_from_the_back, merge_similar, spend_room
 from hf_prune.tokens.schedule import even_stages, keep_ratios_for, target_ms
@@ -56,19 +59,12 @@ EMBEDDED_SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Settings(RecipeSettings):
-    """What SPViT adds to the settings of every recipe."""
+class Settings(TokenSettings):
+    """What SPViT adds to the settings of recipes on tokens."""
 
     target_latency: float = field(
         default=0.6, metadata={"help": "At most 1: fraction of the dense latency. Above: milliseconds per batch."}
     )
-    latency_batch_size: int = field(default=32, metadata={"help": "Images in a batch, for table and target."})
-    latency_table: str | None = field(default=None, metadata={"help": "Use this table instead of measuring one."})
-    keep_ratios: list[float] | None = field(
-        default=None, metadata={"help": "Patches alive after each selector, instead of a latency target."}
-    )
-    num_stages: int = field(default=3, metadata={"help": "Selectors, evenly spread, where nothing else says."})
-    before_blocks: list[int] | None = field(default=None, metadata={"help": "Places of the selectors."})
     block_to_stage: bool = field(
         default=False, metadata={"help": "Find the selectors' places by inserting them from the last block on."}
     )
@@ -82,18 +78,11 @@ class Settings(RecipeSettings):
     packages: str = field(
         default="single", metadata={"help": "single or per_stage.", "choices": ["single", "per_stage"]}
     )
-    backbone_lr_share: float = field(default=0.01, metadata={"help": "Cap of the backbone's rate, of --learning_rate."})
-    ratio_weight: float = field(default=2.0, metadata={"help": "Weight of the quadratic keep-ratio loss."})
-    ratio_multiplier_rate: float = field(
-        default=0.05, metadata={"help": "Step of its multipliers; 0 is the paper's loss."}
-    )
     output_dir: str = "outputs/spvit"
 
     def check(self) -> None:
         """See `RecipeSettings.check`."""
         super().check()
-        if self.keep_ratios is not None and self.latency_table is not None:
-            raise RecipeError("give `--keep_ratios` or `--latency_table`, not both: one decides what the other would")
         if self.block_to_stage and (self.keep_ratios or self.before_blocks or self.packages == "per_stage"):
             raise RecipeError(
                 "`--block_to_stage` finds places and keep ratios itself, for a single package: leave "
@@ -103,8 +92,8 @@ class Settings(RecipeSettings):
 
 def main(settings: Settings) -> None:
     """Prune a dense model to a latency target and publish it."""
-    job = open_job(settings, name="hf_prune_spvit", check_model=find_site)
-    table = open_table(job)
+    job = open_job(settings, name="hf_prune_spvit", check_model=require_one_grid)
+    table = open_table(job, selector_making(job))
     making = choose_keep_ratios(job, table.cost())
     started = time.perf_counter()
     job.train_dense()
@@ -112,39 +101,7 @@ def main(settings: Settings) -> None:
     pruned = prune_tokens(job, pruned)
     train_seconds = time.perf_counter() - started
 
-    target = fit_latency(job, pruned, table)
-    evidence = Evidence(
-        dense=job.dense,
-        pruned=pruned,
-        pool=job.pool("test"),
-        dense_accuracy=job.evaluate(job.dense.model, "test", "dense"),
-        pruned_accuracy=job.evaluate(pruned, "test", "pruned"),
-        target=target,
-        batch_sizes=(1, settings.latency_batch_size),
-        train_seconds=train_seconds,
-    )
-    if job.run.is_main:
-        print_report(publish_run(job.run, evidence, job.splits, seed=settings.seed))
-        job.push()
-    job.run.accelerator.end_training()
-
-
-def open_table(job: Job[Settings]) -> TokenTable:
-    """Read the given latency table, or the one a resumed run began with, or measure one."""
-    settings, run, dense = job.settings, job.run, job.dense.model
-    path = run.output_dir / "latency_table.json"
-    pixels = job.pool("train", settings.latency_batch_size).batch(0, settings.latency_batch_size)
-    making = selector_making(job)
-    if run.is_main and not (settings.resume_from_checkpoint and path.is_file()):
-        if settings.latency_table is not None:
-            table = TokenTable.read(Path(settings.latency_table))
-            table.require_same_setting(table_setting(BlockProbe(dense, pixels, making)))
-        else:
-            run.say(f"measuring a latency table at batch {settings.latency_batch_size} ...")
-            table = measure_token_table(dense, pixels, making)
-        table.write(path)
-    run.accelerator.wait_for_everyone()
-    return TokenTable.read(path)
+    finish(job, pruned, fit_latency(job, pruned, table), train_seconds=train_seconds)
 
 
 def selector_making(job: Job[Settings]) -> TokenPruningConfig:
@@ -171,22 +128,11 @@ def choose_keep_ratios(job: Job[Settings], cost: TokenCost) -> TokenPruningConfi
     if settings.keep_ratios is not None:
         return making
     target = target_ms(settings.target_latency, cost.dense)
-    per_stage = making.packages == "per_stage"
     if settings.block_to_stage:
         # Places are found later; what no selector can reach is refused now.
         keep_ratios_for(cost, target, (1,))
         return making
-    return dataclasses.replace(
-        making, keep_ratios=keep_ratios_for(cost, target, making.before_blocks, per_stage_packages=per_stage)
-    )
-
-
-def new_student(job: Job[Settings]) -> nn.Module:
-    """Return a trainable copy of the dense model; its selectors will start as the seed says."""
-    student = copy.deepcopy(job.dense.model).requires_grad_(True)
-    freeze_positions(student)
-    torch.manual_seed(job.settings.seed)
-    return student
+    return dataclasses.replace(making, keep_ratios=keep_ratios_for(cost, target, making.before_blocks))
 
 
 def insert_stages(job: Job[Settings], making: TokenPruningConfig) -> nn.Module:
@@ -256,64 +202,22 @@ def prune_tokens(job: Job[Settings], student: nn.Module) -> nn.Module:
     return pruned.eval()
 
 
-def train_selectors(
-    job: Job[Settings],
-    phase: str,
-    student: nn.Module,
-    constraint: Constraint,
-    *,
-    epochs: float,
-    seed: int,
-    max_steps: int | None = None,
-) -> nn.Module:
-    """Train a token-pruned model against its dense teacher under a constraint."""
-    rates = TwoRates(backbone_share=job.settings.backbone_lr_share)
-    objective = PruneTokens(
-        job.dense.model,
-        constraint,
-        job.run.accelerator,
-        job.settings.seed,
-        label_smoothing=job.settings.label_smoothing,
-    )
-    return job.train(
-        phase,
-        student,
-        objective,
-        {"token_pruning": rates.selector, "": rates.backbone},
-        epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=job.learning_rate,
-        seed=seed,
-    )
-
-
 def fit_latency(job: Job[Settings], pruned: nn.Module, table: TokenTable) -> TargetShare | None:
     """Set thresholds for the keep ratios, shifting them until the latency on validation images is the target."""
     settings, batches = job.settings, job.calibration_batches()
     if settings.keep_ratios is not None:
         calibrate_thresholds(pruned, batches, settings.keep_ratios)
         return None
-    pool, cost = job.pool("validation"), table.cost()
+    cost, pruning = table.cost(), token_pruning_of(pruned)
     wanted_ms = target_ms(settings.target_latency, cost.dense)
-    models = {"dense": job.dense.model, "pruned": pruned}
-    pruning = token_pruning_of(pruned)
-
-    def measure() -> float:
-        """Return the pruned latency on the scale of the table: measured ratio times the table's dense latency."""
-        times = time_models(models, pool, table.batch_size)
-        return cast(float, broadcast_object_list([latency_ratio(times) * cost.dense])[0])
-
     fit_to_target(
         pruning,
         cost,
         wanted_ms,
         calibrate=lambda ratios: calibrate_thresholds(pruned, batches, ratios),
-        measure=measure,
+        measure=lambda: cast(float, broadcast_object_list([measured_on_table(job, pruned, table)])[0]),
     )
-    kept = torch.tensor(pruning.settings.keep_ratios) * cost.num_patches
-    per_stage = pruning.settings.packages == "per_stage"
-    predicted_ms = float(cost.of_kept(kept, pruning.settings.before_blocks, per_stage_packages=per_stage))
-    return TargetShare(wanted_ms / cost.dense, predicted_ms / cost.dense)
+    return target_share(table, pruning.settings, wanted_ms)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a model costs as a function of the sizes of its axes, by name; along one axis for many sizes at once."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, Protocol
 
@@ -31,10 +32,18 @@ class SumOfTerms:
     """A cost that adds up over the parts of a model, each of which knows its dimensions.
 
     Cost of a call: one evaluation of every term; along an axis, of the terms on it.
+
+    Args:
+        graph: The analysed model.
+        terms: Its parts.
+        constant: What is added to them.
+        tags: For each term what `scaled` is to know it by; none where it will not be asked.
     """
 
-    def __init__(self, graph: AxisGraph, terms: Iterable[Term], constant: float = 0.0) -> None:
-        self.constant = constant
+    def __init__(
+        self, graph: AxisGraph, terms: Iterable[Term], constant: float = 0.0, tags: Iterable[Hashable] = ()
+    ) -> None:
+        self.constant, self.tags = constant, list(tags)
         # Asked for along every axis in turn.
         self.last: tuple[dict[str, int], float] | None = None
         self.axes = {name: axis.leaf for name, axis in graph.axes.items()}
@@ -56,12 +65,40 @@ class SumOfTerms:
         moved = now | {self.axes[name]: options}
         return self(sizes) - self._add(touched, now) + self._add(touched, moved) * np.ones(len(options))
 
+    def scaled(self, factor_of: Callable[[Any], float], more: float = 0.0) -> "SumOfTerms":
+        """Return the cost when every term costs a factor of what it did, by its tag, and something is added."""
+        made = copy.copy(self)
+        made.last, made.constant = None, self.constant + more
+        made.terms = [
+            (dims, _times(evaluate, factor_of(tag)))
+            for (dims, evaluate), tag in zip(self.terms, self.tags, strict=True)
+        ]
+        return made
+
     def _by_axis(self, sizes: Sizes) -> dict[Axis, Any]:
         return {self.axes[name]: size for name, size in sizes.items()}
 
     def _add(self, numbers: Sequence[int] | range, sizes: dict[Axis, Any]) -> Any:
         return sum(evaluate(*(_size(dim, sizes) for dim in dims)) for dims, evaluate in
                    (self.terms[number] for number in numbers))  # fmt: skip
+
+
+def _times(evaluate: Callable[..., Any], factor: float) -> Callable[..., Any]:
+    return evaluate if factor == 1 else lambda *sizes: factor * evaluate(*sizes)
+
+
+def tagged_macs(graph: AxisGraph, tag_of: Callable[[str, Sequence[Expr]], Hashable]) -> SumOfTerms:
+    """Return MACs as a cost whose terms, one for each product, carry tags.
+
+    Args:
+        graph: The analysed model.
+        tag_of: Returns a tag from the path of the module that a product runs in and the dimensions it multiplies.
+    """
+    recording = graph.recording
+    tags = [tag_of(module, dims) for module, dims in zip(recording.macs_modules, recording.macs, strict=True)]
+    return SumOfTerms(
+        graph, [(tuple(dims), lambda *sizes: prod(sizes, start=1.0)) for dims in recording.macs], 0.0, tags
+    )
 
 
 def polynomial_cost(graph: AxisGraph, polynomial: Polynomial) -> SumOfTerms:

@@ -61,6 +61,7 @@ class Recording:
         dims: Dimensions of every parameter and buffer, by name; tied ones share them.
         steps: All operations in order.
         macs: For each product the dimensions to multiply.
+        macs_modules: For each product the path of the innermost module it ran in.
         activations: Dimensions of every tensor that was computed.
         roles: (parameter, dimension) -> subset of {"writer", "reader"}.
         uses: What happens along some dimensions ("normalised", "attention batch", ...).
@@ -73,6 +74,7 @@ class Recording:
     dims: dict[str, Dims]
     steps: list[Step] = field(default_factory=list)
     macs: list[list[Expr]] = field(default_factory=list)
+    macs_modules: list[str] = field(default_factory=list)
     activations: list[Dims] = field(default_factory=list)
     roles: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     uses: list[tuple[Expr, str]] = field(default_factory=list)
@@ -128,6 +130,7 @@ class OneCall:
         """Note a product; parameters learn whether a dimension of theirs is read from or written to."""
         if macs:
             self.tracer.recording.macs.append(list(macs))
+            self.tracer.recording.macs_modules.append(self.tracer.stack.innermost)
         origins = [self.tracer.origin.get(tensor) or () for tensor, _, _ in operands]
         for (tensor, summed, surviving), origin in zip(operands, origins, strict=True):
             if origin:

@@ -22,14 +22,25 @@ MIN_REPEATS, MAX_REPEATS, SECONDS = 9, 40, 4.0
 CLOSE, CLOSE_ENOUGH, MOST_TRIES = 0.02, 0.05, 5
 
 
+def cut_copy(model: nn.Module, graph: AxisGraph, kept: Mapping[Axis, Tensor]) -> nn.Module:
+    """Return a copy of a model that is cut, neither verified nor noted."""
+    small = copy.deepcopy(model)
+    with cut(small, graph, kept, rehearse(graph, dict(kept), graph.held.copy())):
+        pass
+    return small
+
+
 def time_cut(model: nn.Module, graph: AxisGraph, kept: Mapping[Axis, Tensor], batch_size: int) -> tuple[float, float]:
     """Return milliseconds a batch of the dense model and of a cut copy of it, medians of runs in turns.
 
     Memory: a copy of the model, while it lasts.
     """
-    device, small = next(model.parameters()).device, copy.deepcopy(model)
-    with cut(small, graph, kept, rehearse(graph, dict(kept), graph.held.copy())):
-        pass
+    return time_beside(model, cut_copy(model, graph, kept), graph, batch_size)
+
+
+def time_beside(model: nn.Module, small: nn.Module, graph: AxisGraph, batch_size: int) -> tuple[float, float]:
+    """Return milliseconds a batch of a dense model and of what became of it, medians of runs in turns."""
+    device = next(model.parameters()).device
     batch = tree_map_only(Tensor, lambda t: t.to(device), batch_of(graph.inputs, batch_size))
     modes = {module: module.training for module in model.modules()}
     runs = {"dense": lambda _: call_model(model, batch), "cut": lambda _: call_model(small, batch)}

@@ -12,7 +12,8 @@ from hf_prune.data.concepts.cache import ConceptCache
 from hf_prune.data.concepts.records import ClassConcepts, Concept
 from hf_prune.data.concepts.segments import Picture
 from hf_prune.errors import DataError
-from hf_prune.measure.figures import INK, SOFT, WASH, WASH_STRENGTH, save_figure
+from hf_prune.measure.figures import INK, SOFT, save_figure
+from hf_prune.measure.patch_figures import WASH, WASH_STRENGTH
 
 GAP = 0.06
 MAX_CLASSES = 10

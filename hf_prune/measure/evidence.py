@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_prune.measure.accuracy import Accuracy
-from hf_prune.measure.figures import plot_dropped_patches, plot_latency_accuracy, plot_token_histogram
+from hf_prune.measure.figures import plot_latency_accuracy, plot_token_histogram
 from hf_prune.measure.latency import summarize, time_side_by_side
+from hf_prune.measure.patch_figures import plot_patches
 from hf_prune.measure.report import LatencyStats, LatencyTarget, ModelRow, StageRow
 from hf_prune.measure.token_cost import TokenCost, count_params
 from hf_prune.tokens.attach import token_pruning_of
+from hf_prune.tokens.reducers.base import Merger
+from hf_prune.tokens.reducers.registry import reducer_class
 from hf_prune.tokens.site import logits_of
 
 MIN_REPEATS, MAX_REPEATS = 30, 200
-FIGURES = ("dropped_patches.png", "tokens_kept.png", "latency_accuracy.png")
+MOST_STAGES = 5  # in a picture
+DROPPED, MERGED, HISTOGRAM, COMPARISON = (
+    "dropped_patches.png", "merged_patches.png", "tokens_kept.png", "latency_accuracy.png"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,7 @@ def stage_rows(accuracy: Accuracy, model: nn.Module, num_patches: int) -> tuple[
 
 def mean_macs(cost: TokenCost, accuracy: Accuracy, model: nn.Module) -> float:
     """Return the MACs of an image, averaged over the images of an evaluation."""
-    settings = token_pruning_of(model).settings
-    per_stage = settings.packages == "per_stage"
-    costs = cost.of_kept(accuracy.kept, settings.before_blocks, per_stage_packages=per_stage)
-    return float(costs.mean())
+    return float(cost.of_kept(accuracy.kept, token_pruning_of(model).settings.before_blocks).mean())
 
 
 @torch.no_grad()
@@ -141,32 +144,39 @@ def draw_figures(
     batch_size: int,
     target_ms: float | None,
 ) -> tuple[str, ...]:
-    """Draw the three pictures of a run and return their file names.
+    """Draw the pictures of a run and return their file names.
 
     The images shown are those that keep the fewest, a middling number, and the most patches, so that the
-    picture shows how far the counts adapt.
+    picture shows how far the counts adapt. Where they do not adapt there is no histogram of them.
     """
-    pruning = token_pruning_of(model)
-    few = min(len(pool.pixels), 64)
+    pruning, few = token_pruning_of(model), min(len(pool.pixels), 64)
+    kind, blocks = reducer_class(pruning.settings.method), pruning.settings.before_blocks
     predictions = logits_of(model(pool.pixels[:few])).argmax(-1).cpu()
-    records = pruning.take_records()
-    order = records[-1].keep.sum(1).argsort().cpu()
+    run = pruning.last_run
+    assert run is not None
+    # The state after a reduction is noted under the number of the block behind the one that it precedes.
+    sources = [run.tokens[block + 1].sources().cpu() for block in blocks]
+    order = (sources[-1] >= 0).sum(1).argsort(stable=True)
     shown = order[torch.linspace(0, few - 1, min(6, few)).long()]
-    keep = [record.keep[shown.to(record.keep.device)].bool().cpu().numpy() for record in records]
     pixels = pool.pixels[shown.to(pool.pixels.device)].cpu()
     images = pixels * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    num_patches = keep[0].shape[1]
+    num_patches = sources[0].shape[1]
     rows_of_patches = round((num_patches * pixels.shape[-2] / pixels.shape[-1]) ** 0.5)
-    stage_names = [f"before block {block}" for block in pruning.settings.before_blocks]
-    plot_dropped_patches(
+    stage_names = [f"before block {block}" for block in blocks]
+    names = [MERGED if issubclass(kind, Merger) else DROPPED]
+    few_stages = sorted({round(i) for i in np.linspace(0, len(blocks) - 1, min(len(blocks), MOST_STAGES))})
+    plot_patches(
         images.clamp(0, 1).numpy(),
-        keep,
+        [sources[stage][shown].numpy() for stage in few_stages],
         (rows_of_patches, num_patches // rows_of_patches),
         titles=[f"{label_names[int(pool.labels[i])]}, predicted {label_names[int(predictions[i])]}" for i in shown],
-        stage_names=stage_names,
-        path=folder / FIGURES[0],
+        stage_names=[stage_names[stage] for stage in few_stages],
+        path=folder / names[0],
+        packages=str(pruning.settings.packages),
     )
-    kept = [column.numpy().astype(int) for column in accuracy.kept.unbind(1)]
-    plot_token_histogram(kept, num_patches, stage_names=stage_names, path=folder / FIGURES[1])
-    plot_latency_accuracy(rows, batch_size, folder / FIGURES[2], target_ms=target_ms)
-    return FIGURES
+    if kind.adaptive:
+        kept = [column.numpy().astype(int) for column in accuracy.kept.unbind(1)]
+        plot_token_histogram(kept, num_patches, stage_names=stage_names, path=folder / HISTOGRAM)
+        names.append(HISTOGRAM)
+    plot_latency_accuracy(rows, batch_size, folder / COMPARISON, target_ms=target_ms)
+    return (*names, COMPARISON)

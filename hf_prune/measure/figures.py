@@ -1,13 +1,11 @@
-"""Three pictures of a pruned model: which patches go, how many stay per image, and what it buys."""
+"""Pictures of a pruned model: how many patches stay per image, and what it buys."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -16,82 +14,7 @@ from hf_prune.errors import DataError
 from hf_prune.measure.report import ModelRow
 
 INK, SOFT, BLUE, RED = "#222222", "#8a8a8a", "#0072b2", "#d55e00"
-WASH = 0.9
-WASH_STRENGTH = 0.9
 MAX_BYTES = 400_000
-
-
-def grey_out(
-    image: npt.NDArray[np.floating], keep: npt.NDArray[np.bool_], grid: tuple[int, int]
-) -> npt.NDArray[np.floating]:
-    """Blend the patches that are not kept into light grey and leave the others as they are.
-
-    Args:
-        image: Height x width x channels, in [0, 1].
-        keep: One flag per patch, row by row.
-        grid: Patch rows and columns.
-    """
-    height, width = image.shape[:2]
-    # Indices, not np.repeat: the image need not be a whole number of patches high or wide.
-    rows = np.arange(height) * grid[0] // height
-    columns = np.arange(width) * grid[1] // width
-    kept = keep.reshape(grid)[np.ix_(rows, columns)][..., None]
-    return np.where(kept, image, (1 - WASH_STRENGTH) * image + WASH_STRENGTH * WASH)
-
-
-def plot_dropped_patches(
-    images: npt.ArrayLike,
-    keep: Sequence[npt.ArrayLike],
-    grid: tuple[int, int],
-    *,
-    titles: Sequence[str],
-    stage_names: Sequence[str],
-    path: str | Path,
-) -> None:
-    """Save a grid of pictures: a row per image, then the patches that are left after every stage.
-
-    Args:
-        images: Images x 3 x height x width, in [0, 1].
-        keep: Per stage, images x patches: True where the patch is still alive.
-        grid: Patch rows and columns.
-        titles: What to write under each original, such as "label 3, predicted 3".
-        stage_names: Head of each stage's column.
-        path: PNG file to write.
-
-    Raises:
-        DataError: If the shapes do not fit each other.
-    """
-    pictures, masks = np.asarray(images), [np.asarray(flags, dtype=bool) for flags in keep]
-    count, patches = len(pictures), grid[0] * grid[1]
-    if not count or pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise DataError(f"`images` must be images x 3 x height x width, got the shape {pictures.shape}")
-    if any(mask.shape != (count, patches) for mask in masks):
-        raise DataError(
-            f"`keep` must hold {count} x {patches} flags per stage for {count} images and the grid {grid}, "
-            f"got {[mask.shape for mask in masks]}"
-        )
-    if len(titles) != count or len(stage_names) != len(masks):
-        raise DataError(
-            "`titles` must name every image and `stage_names` every stage, got "
-            f"{len(titles)} for {count} and {len(stage_names)} for {len(masks)}"
-        )
-    figure = Figure(figsize=(2.1 * (1 + len(masks)) + 0.2, 2.4 * count + 1.0), layout="constrained")
-    axes = figure.subplots(count, 1 + len(masks), squeeze=False)
-    for row, picture in enumerate(pictures.transpose(0, 2, 3, 1)):
-        _show(axes[row, 0], picture, textwrap.fill(titles[row], 28))
-        for axis, alive in zip(axes[row, 1:], (mask[row] for mask in masks), strict=True):
-            _show(axis, grey_out(picture, alive, grid), f"{alive.sum()} of {patches} patches kept")
-            _cross_out(axis, alive.reshape(grid), picture.shape[:2])
-    for axis, name in zip(axes[0], ["original", *stage_names], strict=True):
-        axis.set_title(name, fontsize=11, color=INK, parse_math=False)
-    figure.suptitle("Which image patches the pruned model still looks at", fontsize=13, color=INK, fontweight="bold")
-    figure.supxlabel(
-        "Grey, struck-out patches (outlined in orange) were dropped:\n"
-        "later blocks see only their weighted average, the package token.",
-        fontsize=9.5,
-        color=INK,
-    )
-    save_figure(figure, path)
 
 
 def plot_token_histogram(
@@ -229,28 +152,6 @@ def _frame(
     axis.grid(color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     _tidy(axis)
-
-
-def _show(axis: Axes, picture: npt.NDArray[np.floating], caption: str) -> None:
-    height, width = picture.shape[:2]
-    axis.imshow(np.clip(picture, 0, 1), extent=(0, width, height, 0), interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_xlabel(caption, fontsize=9.5, color=INK, parse_math=False)
-    for spine in axis.spines.values():
-        spine.set(color=SOFT, linewidth=0.6)
-
-
-def _cross_out(axis: Axes, alive: npt.NDArray[np.bool_], size: tuple[int, int]) -> None:
-    """Strike the dropped patches through and outline them: a wash alone is lost on a pale or grey image."""
-    height, width = size[0] / alive.shape[0], size[1] / alive.shape[1]
-    strokes = [[(x, y + 1), (x + 1, y)] for y, x in np.argwhere(~alive)]
-    # A patch edge is part of the outline where exactly one of the two patches that share it is alive.
-    edges = [[(x + 1, y), (x + 1, y + 1)] for y, x in np.argwhere(alive[:, 1:] != alive[:, :-1])]
-    edges += [[(x, y + 1), (x + 1, y + 1)] for y, x in np.argwhere(alive[1:] != alive[:-1])]
-    for lines, colour, linewidth in ((strokes, SOFT, 0.5), (edges, RED, 0.9)):
-        scaled = [np.multiply(line, (width, height)) for line in lines]
-        axis.add_collection(LineCollection(scaled, colors=colour, linewidths=linewidth))
 
 
 def _tidy(axis: Axes) -> None:

@@ -6,7 +6,7 @@ sizes of axes, is known from the analysis, so there is nothing to write for a ne
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,12 @@ class LatencyTable:
             step //= 2
         return step
 
-    def cost(self, graph: AxisGraph) -> SumOfTerms:
+    def cost(self, graph: AxisGraph, tag_of: Callable[[str], Hashable] = lambda _: None) -> SumOfTerms:
         """Return milliseconds as a function of the sizes of a model's axes.
+
+        Args:
+            graph: The analysed model.
+            tag_of: Returns a tag for the operators in a module from its path; see `SumOfTerms.scaled`.
 
         Raises:
             LatencyTableError: If the model has an operator that was not measured.
@@ -125,14 +129,16 @@ class LatencyTable:
                 f"not in it, such as '{missing[0]}'; measure a table for this model, batch and image size"
             )
         factor, constant = self.calibration()
-        counts = Counter((op.key, op.dims) for op in operators)
-        terms = []
+        counts = Counter((op.key, op.dims, tag_of(op.module)) for op in operators)
+        terms, tags = [], []
         for op in operators:
             # The same thing done again, to as many numbers, is one term.
-            count = counts.pop((op.key, op.dims), 0)
+            tag = tag_of(op.module)
+            count = counts.pop((op.key, op.dims, tag), 0)
             if count:
                 terms.append((op.dims, time_of(op, self.entries[op.key], factor * count, self.step)))
-        return SumOfTerms(batch, terms, constant)
+                tags.append(tag)
+        return SumOfTerms(batch, terms, constant, tags)
 
     def write(self, path: str | Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""

@@ -58,6 +58,7 @@ class Operator:
         args: Its arguments, a `TensorSpec` in place of every tensor.
         kwargs: Keyword arguments, likewise.
         dims: Dimensions that can change, each once.
+        module: Path of the innermost module it ran in.
     """
 
     key: str
@@ -65,6 +66,7 @@ class Operator:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dims: tuple[Expr, ...]
+    module: str = ""
 
     @property
     def is_product(self) -> bool:
@@ -152,7 +154,7 @@ def operators_of(graph: AxisGraph, batch_size: int) -> tuple[AxisGraph, list[Ope
         recording = record(empty if not graph.recording.by_real_run else graph.skeleton, inputs, tracer_of)
     batch = build_graph(graph.skeleton, recording, empty, inputs)
     free = {axis.leaf for name, axis in batch.axes.items() if name in graph.axes}
-    return batch, [_operator(func, args, kwargs, free) for func, args, kwargs in tracers[0].calls]
+    return batch, [_operator(*call, free) for call in tracers[0].calls]
 
 
 class _OperatorTracer(Tracer):
@@ -160,12 +162,13 @@ class _OperatorTracer(Tracer):
 
     def __init__(self, recording: Recording, *parts: Any) -> None:
         super().__init__(recording, *parts)
-        self.calls: list[tuple[Any, tuple, dict[str, Any]]] = []
+        self.calls: list[tuple[str, Any, tuple, dict[str, Any]]] = []
         self.in_attention = False
 
     def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Keep a call."""
-        self.calls.append((func, *tree_map_only(Tensor, self._spec, (tuple(args), dict(kwargs)))))
+        specs = tree_map_only(Tensor, self._spec, (tuple(args), dict(kwargs)))
+        self.calls.append((self.stack.innermost, func, *specs))
 
     def _spec(self, tensor: Tensor) -> TensorSpec:
         order = sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d) if tensor.shape[d] > 1 else 0, d))
@@ -205,7 +208,7 @@ class _AttentionWhole(TorchFunctionMode):
             tracer.in_attention = False
 
 
-def _operator(func: Any, args: tuple, kwargs: dict[str, Any], free: set[Axis]) -> Operator:
+def _operator(module: str, func: Any, args: tuple, kwargs: dict[str, Any], free: set[Axis]) -> Operator:
     """Find what can change in an operation, and put it into words."""
     dims: dict[Expr, str] = {}
 
@@ -225,4 +228,4 @@ def _operator(func: Any, args: tuple, kwargs: dict[str, Any], free: set[Axis]) -
         order = "" if leaf.order == tuple(sorted(leaf.order)) else f"@{''.join(map(str, leaf.order))}"
         words.append(f"[{shape}]{order}{'w' if leaf.is_weight else ''}:{str(leaf.dtype).removeprefix('torch.')}")
     name = "attention" if func is ATTENTION else func._schema.name.removeprefix("aten::")
-    return Operator(f"{name} {' '.join(words)}", func, args, kwargs, tuple(dims))
+    return Operator(f"{name} {' '.join(words)}", func, args, kwargs, tuple(dims), module)

@@ -8,7 +8,7 @@ dataset follows from its token counts alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune.tokens.attention import WatchAttention
-from hf_prune.tokens.config import TokenPruningConfig
+from hf_prune.tokens.config import Packages, TokenPruningConfig
 from hf_prune.tokens.pruning import ForwardRun, TokenPruning
+from hf_prune.tokens.reducers.base import Merger
+from hf_prune.tokens.reducers.registry import reducer_class
 from hf_prune.tokens.rope import rope_of_kept
 from hf_prune.tokens.site import TokenSite, find_site
 from hf_prune.tokens.tokenset import TokenSet
@@ -31,11 +33,13 @@ class TokenCost:
     Attributes:
         block: `(T + 1,)`, cost of one block at a sequence length of 0 to T.
         selector: `(T + 1,)`, cost of scoring, packaging and removing at that length.
-        reader: `(T + 1,)`, cost of what reads all tokens behind the last block; None where nothing does.
+        reader: `(T + 1,)`, cost of what reads all tokens behind the last block, by how many the block had; None where
+            nothing does.
         rest: Cost of everything else (patch embedding, head).
         depth: Number of blocks.
         num_prefix_tokens: Tokens in front of the patches.
         num_patches: Patches of the image grid.
+        packages: What becomes of dropped tokens, as in the settings: how many package tokens there are.
     """
 
     block: Tensor
@@ -45,6 +49,7 @@ class TokenCost:
     num_prefix_tokens: int
     num_patches: int
     reader: Tensor | None = None
+    packages: Packages = "single"
 
     @property
     def dense(self) -> float:
@@ -53,7 +58,7 @@ class TokenCost:
         reader = 0.0 if self.reader is None else float(self.reader[length])
         return self.rest + self.depth * float(self.block[length]) + reader
 
-    def of_kept(self, kept: Tensor, before_blocks: Sequence[int], *, per_stage_packages: bool = False) -> Tensor:
+    def of_kept(self, kept: Tensor, before_blocks: Sequence[int]) -> Tensor:
         """Return the cost `(...)` of images that keep `kept` `(..., stages)` patches after each selector.
 
         Differentiable; fractional counts are interpolated.
@@ -64,8 +69,8 @@ class TokenCost:
         for stage in range(len(edges) - 1):
             if stage > 0:
                 total = total + _lookup(self.selector, length)
-                packages = stage if per_stage_packages else 1
-                length = self.num_prefix_tokens + packages + kept[..., stage - 1].double()
+                num_packages = {"single": 1, "per_stage": stage, "none": 0}[self.packages]
+                length = self.num_prefix_tokens + num_packages + kept[..., stage - 1].double()
             total = total + (edges[stage + 1] - edges[stage]) * _lookup(self.block, length)
         return total if self.reader is None else total + _lookup(self.reader, length)
 
@@ -130,11 +135,12 @@ class BlockProbe:
         x, first = self._sequence(length), self.pruning.settings.before_blocks[0]
         tokens = TokenSet.all_patches(len(x), length - self.site.num_prefix_tokens, x.device)
         run = ForwardRun()
-        if self.pruning.watches(first - 1):
-            with WatchAttention(has_class_token=self.site.num_prefix_tokens > 0) as watch:
-                self.block(length)()
-            run.attention[first] = watch.seen(self.site.blocks[0])
-        return lambda: self.pruning.reduce(first, x, tokens, run)
+        if not self.pruning.watches(first - 1):
+            return lambda: self.pruning.reduce(first, x, tokens, run)
+        with WatchAttention(has_class_token=self.site.num_prefix_tokens > 0) as watch:
+            self.block(length)()
+        run.attention[first] = watch.seen(self.site.blocks[0])
+        return lambda: (watch.look_again(), self.pruning.reduce(first, x, tokens, run))
 
 
 @torch.enable_grad()  # the counter's module tracker fails on views of parameters made without gradients
@@ -160,13 +166,17 @@ def macs_cost(model: nn.Module, pixel_values: Tensor, settings: TokenPruningConf
     Args:
         model: A dense model of a supported kind, in evaluation mode.
         pixel_values: One image `(1, 3, H, W)`.
-        settings: What the selectors are like.
+        settings: What the selectors are like. What PiToMe and DiffRate compute goes with how many tokens a reduction
+            takes away too: for them a selector's cost is that of the first keep ratio, up to rounding.
 
     Cost: one forward pass and three runs each of a single block, selector and reader.
     """
     probe = BlockProbe(model, pixel_values[:1], settings)
     longest = probe.x.shape[1]
-    points = [longest, longest - 1, longest - 2]
+    # An even number apart: ToMe's two halves of the tokens are equally long at every second length only. And far apart,
+    # so that rounded counts of what is merged are not blown up at short lengths.
+    apart = max(probe.num_patches // 5 * 2, 2)
+    points = [longest, longest - apart, longest - 2 * apart]
     lengths = np.arange(longest + len(settings.before_blocks) + 1)
     curves = []
     for part in (probe.block, probe.selector, probe.reader):
@@ -175,4 +185,15 @@ def macs_cost(model: nn.Module, pixel_values: Tensor, settings: TokenPruningConf
         curves.append(torch.tensor(np.rint(polynomial(lengths))))
     block, selector, reader = curves
     rest = count_macs(probe.run_model) - probe.site.depth * float(block[longest]) - float(reader[longest])
-    return TokenCost(block, selector, rest, probe.site.depth, probe.site.num_prefix_tokens, probe.num_patches, reader)
+    if issubclass(reducer_class(settings.method), Merger):
+        reader = torch.full_like(reader, float(reader[longest]))  # merged tokens are repeated before they are read
+    return TokenCost(
+        block,
+        selector,
+        rest,
+        probe.site.depth,
+        probe.site.num_prefix_tokens,
+        probe.num_patches,
+        reader,
+        cast(Packages, settings.packages),
+    )

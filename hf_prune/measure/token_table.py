@@ -74,7 +74,7 @@ class TokenTable:
         depth, prefix = self.model["depth"], self.model["num_prefix_tokens"]
         patches = self.model["num_patches"]
         rest = max(self.dense_ms - depth * float(block[prefix + patches]), 0.0)
-        return TokenCost(block, selector, rest, depth, prefix, patches)
+        return TokenCost(block, selector, rest, depth, prefix, patches, packages=self.model["selector"]["packages"])
 
     def write(self, path: Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""

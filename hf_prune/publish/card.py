@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_prune.errors import HfPruneError
 from hf_prune.measure.report import Report, comparison, stage_table, target_line
+from hf_prune.publish.token_methods import METHODS
+from hf_prune.tokens.reducers.registry import reducer_class
 
 TAGS = ("hf_prune", "pruning", "token-pruning")
 
@@ -36,12 +38,12 @@ def render_card(
     Raises:
         HfPruneError: If the report is of a method that the card's text does not describe.
     """
-    if report.method != "spvit":
+    if report.method not in METHODS:
         raise HfPruneError(
-            f"the card must be of method 'spvit', got a report of {report.method!r}; "
-            "add the text on that method to 'card.md.jinja'"
+            f"the card must be of a method on tokens ({', '.join(METHODS)}), got a report of {report.method!r}; "
+            "add the text on that method to 'token_methods.py'"
         )
-    title = model_id or (_name(report.base_model) + "-spvit" if report.base_model else "spvit")
+    title = model_id or (f"{_name(report.base_model)}-{report.method}" if report.base_model else report.method)
     tags = (*TAGS, report.method)
     data = metadata(report, title=title, pipeline_tag=pipeline_tag, library_name=library_name, tags=tags)
     body = (
@@ -49,6 +51,8 @@ def render_card(
         .get_template("card.md.jinja")
         .render(
             report=report,
+            method=METHODS[report.method],
+            is_adaptive=reducer_class(report.method).adaptive,
             title=title,
             subject=_code(_name(report.base_model)) if report.base_model else "a vision transformer",
             licence=data.license,

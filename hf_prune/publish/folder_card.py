@@ -8,11 +8,13 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_prune.errors import HfPruneError
-from hf_prune.measure.report import REPORT_NAME, Report, comparison, target_line
+from hf_prune.measure.report import REPORT_NAME, Report, comparison, stage_table, target_line
 from hf_prune.measure.widths import plot_widths
 from hf_prune.publish.card import TAGS, environment, hub_id, metadata, render_card
 from hf_prune.publish.folder import CONFIG
 from hf_prune.publish.save import HISTORY_FILE, MEASUREMENTS_FILE
+from hf_prune.publish.token_methods import METHODS as TOKEN_METHODS
+from hf_prune.publish.token_words import sentence, tokens_in
 
 WIDTHS = "figures/widths.png"
 # What recipes do, in the words of a card; their files say it at length.
@@ -21,6 +23,9 @@ METHODS = {
     "trained on labels and on the logits of the dense one.",
     "channels": "Channels were scored on training images and cut to a budget; after that the model was trained on "
     "labels and on the logits of the dense one.",
+    "joint": "Schedules of tokens, each with the heads and MLP neurons that one budget leaves beside it, were compared "
+    "on training images, and the one was taken that changed the answers of the dense model least; after that the model "
+    "was trained on labels and on the logits of the dense one.",
     "smcp": "SMCP (Humble et al., Soft Masking for Cost-Constrained Channel Pruning, ECCV 2022): masks on what layers "
     "read, decided again and again by a knapsack while masked weights go on learning, became a cut in the end.",
 }
@@ -46,7 +51,7 @@ def write_card(folder: str | Path, *, model_id: str | None = None, license_name:
     folder = Path(folder)
     license_name = license_name or _license_on(folder / "README.md")
     report = Report.read(folder) if (folder / REPORT_NAME).is_file() else None
-    if report is not None and report.method == "spvit":
+    if report is not None and report.method in TOKEN_METHODS:
         card = _card_of_run(folder, report, model_id)
     else:
         card = _card_of_cut(folder, report, model_id, license_name)
@@ -72,17 +77,19 @@ def _card_of_run(folder: Path, report: Report, model_id: str | None) -> ModelCar
 def _card_of_cut(folder: Path, report: Report | None, model_id: str | None, license_name: str | None) -> ModelCard:
     config = _read(folder / CONFIG)
     manifest = config.get("hf_prune") or (config.get("model_args") or {}).get("manifest")
-    history = _read(folder / HISTORY_FILE, default=[])
-    if not history:
+    history, tokens = _read(folder / HISTORY_FILE, default=[]), tokens_in(manifest)
+    if not history and tokens is None:
         raise HfPruneError(
             f"'{folder / HISTORY_FILE}' must tell what was done to the model; save the model with `hf_prune.save`"
         )
     widths = widths_of(history)
-    plot_widths(widths, folder / WIDTHS)
+    if widths:
+        plot_widths(widths, folder / WIDTHS)
     base, name = (manifest or history[0]).get("base_model"), model_id or folder.resolve().name
     library = "transformers" if "model_type" in config else str(config.get("library", "timm"))
     measured = _read(folder / MEASUREMENTS_FILE, default={})
-    data = _metadata(config, report, library=library, base=base, title=name, license_name=license_name)
+    kinds = (*(("structured-pruning",) if widths else ()), *(("token-pruning",) if tokens else ()))
+    data = _metadata(config, report, kinds, library=library, base=base, title=name, license_name=license_name)
     page = environment().get_template("cut.md.jinja").render(
         title=name,
         needs_import=manifest is not None,
@@ -96,8 +103,12 @@ def _card_of_cut(folder: Path, report: Report | None, model_id: str | None, lice
         target_line="" if report is None or report.target is None else target_line(report.target),
         versions="" if report is None else ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         history=history,
-        num_axes=len(widths),
-        figures=(WIDTHS, *(() if report is None else report.figures)),
+        changes=" and ".join((*(("fewer heads, neurons or channels",) if widths else ()),
+                              *(("fewer patch tokens on the way",) if tokens else ()))),
+        widths=widths,
+        tokens=tokens and sentence(tokens),
+        stages=stage_table(report) if report is not None and report.stages else None,
+        figures=(*((WIDTHS,) if widths else ()), *(() if report is None else report.figures)),
     )  # fmt: skip
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{page}")
 
@@ -105,6 +116,7 @@ def _card_of_cut(folder: Path, report: Report | None, model_id: str | None, lice
 def _metadata(
     config: Mapping[str, Any],
     report: Report | None,
+    kinds: tuple[str, ...],
     *,
     library: str,
     base: str | None,
@@ -112,7 +124,7 @@ def _metadata(
     license_name: str | None,
 ) -> ModelCardData:
     name, task = None if library == "torch" else library, _task(config, library)
-    tags = (*TAGS[:2], "structured-pruning")
+    tags = (*TAGS[:2], *kinds)
     if report is not None:
         return metadata(
             report,
@@ -169,10 +181,9 @@ def widths_of(history: list[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
 
 
 def _before_after(history: list[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[list[str]]:
-    first, last = history[0], history[-1]
     lines = [["", "dense", "pruned", "change"]]
-    for title, key in (("parameters", "params"), ("MACs per image", "macs")):
-        before, after = first[key][0], last[key][1]
+    for title, key in (("parameters", "params"), ("MACs per image", "macs")) if history else ():
+        before, after = history[0][key][0], history[-1][key][1]
         lines.append([title, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f}%"])
     for size, pair in sorted(measured.get("batches", {}).items(), key=lambda item: int(item[0])):
         dense, pruned = pair["dense"]["latency"]["median_ms"], pair["pruned"]["latency"]["median_ms"]

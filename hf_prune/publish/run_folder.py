@@ -22,13 +22,14 @@ from hf_prune.measure.evidence import (
 )
 from hf_prune.measure.latency import device_name
 from hf_prune.measure.report import Report
-from hf_prune.measure.token_cost import macs_cost
+from hf_prune.measure.token_cost import count_macs, macs_cost
 from hf_prune.models import DenseModel
 from hf_prune.publish.card import render_card
 from hf_prune.publish.manifest import versions
 from hf_prune.publish.save import load, save
 from hf_prune.recipe.run import Run
 from hf_prune.tokens.attach import token_pruning_of
+from hf_prune.tokens.reducers.registry import reducer_class
 from hf_prune.tokens.site import logits_of
 
 
@@ -68,10 +69,15 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
     dense, pruned, pool = evidence.dense, evidence.pruned, evidence.pool
     models = {"dense": dense.model, "pruned": pruned}
     times = {size: time_models(models, pool, size) for size in evidence.batch_sizes}
-    cost = macs_cost(dense.model, pool.batch(0, 1), token_pruning_of(pruned).settings)
+    settings, image = token_pruning_of(pruned).settings, pool.batch(0, 1)
+    cost = macs_cost(dense.model, image, settings)
+    if reducer_class(settings.method).adaptive:
+        macs = mean_macs(cost, evidence.pruned_accuracy, pruned)
+    else:
+        macs = count_macs(lambda: pruned(image))  # those of every image
     rows = (
         model_row("dense", dense.model, evidence.dense_accuracy, cost.dense, times),
-        model_row("pruned", pruned, evidence.pruned_accuracy, mean_macs(cost, evidence.pruned_accuracy, pruned), times),
+        model_row("pruned", pruned, evidence.pruned_accuracy, macs, times),
     )
     folder, base = run.output_dir, dense.name
     save(pruned, folder, base_model=base, processor=dense.processor)
@@ -91,7 +97,7 @@ def publish_run(run: Run, evidence: Evidence, splits: ImageSplits, *, seed: int)
         target_ms=None if target is None else target.target_ms,
     )
     report = Report(
-        method="spvit",
+        method=settings.method,
         base_model=base,
         base_license=dense.license,
         dataset=splits.source,

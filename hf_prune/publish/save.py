@@ -61,6 +61,7 @@ def save(
         OSError: If the folder cannot be written.
     """
     target = Path(folder)
+    _require_saver(model)
     manifest = describe(model, base_model).to_dict()
     require_same_shapes(model, _skeleton(model, manifest, constructor))
     with replaced(target) as partial:
@@ -77,6 +78,21 @@ def save(
         if measurements is not None:
             _write_json(partial / MEASUREMENTS_FILE, dict(measurements))
     return target
+
+
+def _require_saver(model: nn.Module) -> None:
+    """Check that tensors of other kinds, as quantisation makes them, come with who can write them.
+
+    Raises:
+        UnsupportedModelError: If not.
+    """
+    odd = [name for name, p in model.named_parameters() if type(p.data) is not Tensor]
+    if odd and getattr(model, "hf_quantizer", None) is None:
+        raise UnsupportedModelError(
+            f"parameters must be plain tensors to be saved, but {len(odd)} such as '{odd[0]}' are quantised; save the "
+            f"model before, and quantise what is loaded: `from_pretrained(folder, quantization_config=...)`, after "
+            f"which transformers saves it"
+        )
 
 
 def _skeleton(model: nn.Module, manifest: dict[str, Any], constructor: Callable[[], nn.Module] | None) -> nn.Module:

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -256,21 +256,39 @@ def train(
     )
 
 
-def finish(job: Job[C], method: str, cut: Cut, *, started: float, notes: Sequence[str] = ()) -> None:
-    """Score dense and pruned on the test split, publish the folder, print the report, push where that was asked for."""
-    settings = job.settings
+def finish(
+    job: Job[C],
+    method: str,
+    cut: Cut,
+    *,
+    started: float,
+    notes: Sequence[str] = (),
+    macs_of: Callable[[Accuracy], float] | None = None,
+) -> None:
+    """Score dense and pruned on the test split, publish the folder, print the report, push where that was asked for.
+
+    Args:
+        job: Of the recipe.
+        method: Key of the recipe.
+        cut: What came out.
+        started: When training began, by `time.perf_counter`.
+        notes: What a reader of the card should know.
+        macs_of: Returns the mean MACs of an image from the tokens that images kept; None counts them on one image.
+    """
+    settings, accuracy = job.settings, job.evaluate(cut.model, "test", "pruned")
     evidence = CutEvidence(
         method=method,
         dense=job.dense,
         pruned=cut.model,
         pool=job.pool("test"),
         dense_accuracy=job.evaluate(job.dense.model, "test", "dense"),
-        pruned_accuracy=job.evaluate(cut.model, "test", "pruned"),
+        pruned_accuracy=accuracy,
         untrained_accuracy=cut.untrained,
         target=cut.target,
         batch_sizes=tuple(dict.fromkeys((1, settings.latency_batch_size))),
         train_seconds=time.perf_counter() - started,
         notes=tuple(notes),
+        pruned_macs=None if macs_of is None else macs_of(accuracy),
     )
     if job.run.is_main:
         report: Report = publish_cut(job.run, evidence, job.splits, seed=settings.seed)

@@ -5,6 +5,7 @@ Letters: B images, H heads, T tokens of the sequence, D channels of a head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ class WatchAttention(TorchFunctionMode):
 
     Args:
         has_class_token: Whether the first token of a sequence is one.
+
+    Attributes:
+        look_again: Does once more what watching adds to the attention itself, for who measures it.
     """
 
     def __init__(self, *, has_class_token: bool) -> None:
@@ -48,6 +52,7 @@ class WatchAttention(TorchFunctionMode):
         self.has_class_token = has_class_token
         self.key: Tensor | None = None
         self.weights: Tensor | None = None
+        self.look_again: Callable[[], Any] = lambda: None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Pass everything through, and look at attention."""
@@ -57,7 +62,8 @@ class WatchAttention(TorchFunctionMode):
             query, key = args[:2]
             self.key = key
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            self.weights = self._weights(query, key, mask, kwargs.get("scale"))
+            self.look_again = partial(self._weights, query, key, mask, kwargs.get("scale"))
+            self.weights = self.look_again()
         elif func in PRODUCTS and self.key is None and args[0].ndim == 4:
             self.key = args[1].transpose(-2, -1)
         elif func in SOFTMAXES and self.weights is None and args[0].ndim == 4:

@@ -1,8 +1,9 @@
-"""Close the loop between predicted and measured latency after training."""
+"""Close the loop between what was predicted and what is measured."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from hf_prune.errors import BudgetError, HfPruneWarning
 from hf_prune.tokens.pruning import TokenPruning
@@ -18,12 +19,14 @@ def fit_to_target(
     *,
     calibrate: Callable[[Sequence[float]], object],
     measure: Callable[[], float],
+    solve: Callable[[float], Sequence[float]] | None = None,
     max_rounds: int = 4,
 ) -> float:
     """Set thresholds, measure, and shift the keep ratios until the measured cost is the target.
 
     The cost model prices the mean number of tokens; a real batch also pays for padding and for what
-    the table cannot see. The difference is taken off the target and the thresholds are set again.
+    the table cannot see. The difference is taken off the target and the thresholds are set again. Reducers whose counts
+    are fixed have no thresholds: for them the keep ratios say it all.
 
     Args:
         pruning: Selectors of the trained model; their settings end with the ratios that were fitted.
@@ -31,13 +34,15 @@ def fit_to_target(
         target: Cost to arrive at, in the unit of `cost`.
         calibrate: Sets the thresholds for given keep ratios.
         measure: Measures the model in the unit of `cost`.
+        solve: Returns keep ratios for a cost; None stretches those of the settings.
         max_rounds: Measurements at most.
 
     Returns:
         The last measured cost.
     """
     settings, aim = pruning.settings, target
-    per_stage = settings.packages == "per_stage"
+    if solve is None:
+        solve = partial(keep_ratios_for, cost, before_blocks=settings.before_blocks, shape=settings.keep_ratios)
     measured = float("nan")
     for attempt in range(max_rounds):
         calibrate(pruning.settings.keep_ratios)
@@ -46,12 +51,10 @@ def fit_to_target(
             break
         aim *= target / measured
         try:
-            ratios = keep_ratios_for(
-                cost, aim, settings.before_blocks, shape=settings.keep_ratios, per_stage_packages=per_stage
-            )
+            ratios = solve(aim)
         except BudgetError as err:
-            # The model is trained by now: what it reached is worth more than an error.
-            warnings.warn(f"the latency target was missed by {measured / target - 1:.1%}: {err}", HfPruneWarning, 2)
+            # The model may be trained by now: what it reached is worth more than an error.
+            warnings.warn(f"the target was missed by {measured / target - 1:.1%}: {err}", HfPruneWarning, 2)
             break
-        pruning.settings = replace(settings, keep_ratios=ratios)
+        pruning.settings = replace(settings, keep_ratios=tuple(ratios))
     return measured

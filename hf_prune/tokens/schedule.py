@@ -1,6 +1,6 @@
 """Where selectors go and how much each keeps, from a latency target and a cost model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ class CostOfKept(Protocol):
         """Cost without pruning."""
         ...
 
-    def of_kept(self, kept: Tensor, before_blocks: Sequence[int], *, per_stage_packages: bool = False) -> Tensor:
+    def of_kept(self, kept: Tensor, before_blocks: Sequence[int]) -> Tensor:
         """Cost of keeping `kept` patches after each selector."""
         ...
 
@@ -60,15 +60,25 @@ def target_ms(target_latency: float, dense_ms: float) -> float:
     return milliseconds
 
 
+def macs_target(target_macs: float, dense_macs: float) -> float:
+    """Return a target in MACs of an image: values up to 1 are a fraction of dense, others MACs.
+
+    Raises:
+        BudgetError: If the target is not positive or not below dense.
+    """
+    macs = target_macs * dense_macs if target_macs <= 1 else target_macs
+    if not 0 < macs < dense_macs:
+        raise BudgetError(
+            f"`target_macs` must be a fraction of the dense MACs below 1, or a number below the dense "
+            f"{dense_macs:,.0f}, got {target_macs:g}"
+        )
+    return macs
+
+
 def keep_ratios_for(
-    cost: CostOfKept,
-    target: float,
-    before_blocks: Sequence[int],
-    *,
-    shape: Sequence[float] | None = None,
-    per_stage_packages: bool = False,
+    cost: CostOfKept, target: float, before_blocks: Sequence[int], *, shape: Sequence[float] | None = None
 ) -> tuple[float, ...]:
-    """Return the keep ratios whose predicted cost meets a target.
+    """Return the keep ratios whose predicted cost meets a target, all of one shape.
 
     One number is searched by bisection: the exponent e of `shape ** e`. With the default shape (1/e, 1/e^2, ...)
     that is the geometric schedule of DynamicViT and of SPViT's inference code, at whatever keep ratio fits.
@@ -78,20 +88,45 @@ def keep_ratios_for(
         target: What the pruned model may cost.
         before_blocks: Where the selectors sit.
         shape: Relative keep ratios, decreasing; for example those learned by block-to-stage insertion.
-        per_stage_packages: Whether every stage adds a package token.
 
     Raises:
         BudgetError: If the target is below what one kept patch per stage costs (the message says how much), or above
             what keeping everything costs.
     """
-    num_stages = len(before_blocks)
-    base = torch.tensor(shape or geometric(torch.e**-1, num_stages), dtype=torch.float64)
+    base = torch.tensor(shape or geometric(torch.e**-1, len(before_blocks)), dtype=torch.float64)
+    return _solved(cost, target, before_blocks, lambda exponent: base**exponent, most=6e4)
+
+
+def even_steps_for(cost: CostOfKept, target: float, before_blocks: Sequence[int]) -> tuple[float, ...]:
+    """Return the keep ratios whose predicted cost meets a target, where every reduction takes away as many tokens.
+
+    That is the constant schedule of ToMe, up to rounding to whole tokens.
+
+    Raises:
+        BudgetError: As `keep_ratios_for`.
+    """
+    steps = torch.arange(1, len(before_blocks) + 1, dtype=torch.float64)
+    return _solved(cost, target, before_blocks, lambda step: 1 - step * steps, most=1.0)
+
+
+def _solved(
+    cost: CostOfKept,
+    target: float,
+    before_blocks: Sequence[int],
+    ratios_at: Callable[[float], Tensor],
+    *,
+    most: float,
+) -> tuple[float, ...]:
+    """Return the ratios of a family, ordered from keeping everything at 0 to keeping least at `most`, at the target."""
     fewest = 1 / cost.num_patches
 
-    def price(ratios: Tensor) -> float:
-        return float(cost.of_kept(ratios * cost.num_patches, before_blocks, per_stage_packages=per_stage_packages))
+    def ratios(number: float) -> Tensor:
+        return ratios_at(number).clamp_min(fewest)
 
-    lowest, highest = price(torch.full_like(base, fewest)), price(torch.ones_like(base))
+    def price(number: float) -> float:
+        return float(cost.of_kept(ratios(number) * cost.num_patches, before_blocks))
+
+    lowest, highest = price(most), price(0.0)
     where = f"with selectors before blocks {tuple(before_blocks)}"
     if target < lowest:
         raise BudgetError(
@@ -104,9 +139,8 @@ def keep_ratios_for(
             f"{where} the model costs {highest:.4g} even with every token kept, below the target of {target:.4g}; "
             f"nothing would be pruned, lower the target"
         )
-    low, high = 0.0, 60.0
+    low, high = 0.0, most
     for _ in range(60):
         middle = (low + high) / 2
-        ratios = (base**middle).clamp_min(fewest)
-        low, high = (middle, high) if price(ratios) > target else (low, middle)
-    return tuple((base**high).clamp_min(fewest).tolist())
+        low, high = (middle, high) if price(middle) > target else (low, middle)
+    return tuple(ratios(high).tolist())

@@ -4,17 +4,12 @@ import torch
 from PIL import Image
 
 from hf_prune.errors import DataError
-from hf_prune.measure.figures import (
-    MAX_BYTES,
-    WASH,
-    grey_out,
-    plot_dropped_patches,
-    plot_latency_accuracy,
-    plot_token_histogram,
-)
+from hf_prune.measure.figures import MAX_BYTES, plot_latency_accuracy, plot_token_histogram
+from hf_prune.measure.patch_figures import WASH, grey_out, mean_colours, plot_patches
 from hf_prune.measure.report import LatencyStats, ModelRow
 
 KEEP = np.array([[False, True, True, True]])
+SOURCE = np.array([[-1, 0, 1, 2]])
 
 
 def png(path):
@@ -39,12 +34,18 @@ def test_grey_out_changes_dropped_patches_and_no_others():
     np.testing.assert_array_equal(washed[:, 4:], image[:, 4:])
 
 
+def test_patches_that_share_a_token_get_their_mean_colour_and_no_others():
+    image = np.random.default_rng(0).random((8, 8, 3))
+    painted = mean_colours(image, np.array([0, 5, 0, -1]), (2, 2))
+    np.testing.assert_array_equal(painted[:4, 4:], image[:4, 4:])
+    np.testing.assert_allclose(painted[:, :4], np.broadcast_to(image[:, :4].mean((0, 1)), (8, 4, 3)))
+    np.testing.assert_array_equal(painted[4:, 4:], grey_out(image, np.zeros(4, bool), (2, 2))[4:, 4:])
+
+
 def test_dropped_patch_is_struck_out_in_the_file_and_kept_ones_are_untouched(tmp_path):
     blue = torch.zeros(1, 3, 32, 32)
     blue[:, 2] = 1
-    plot_dropped_patches(
-        blue, [KEEP], (2, 2), titles=["a $5 cat"], stage_names=["before block 1"], path=tmp_path / "a.png"
-    )
+    plot_patches(blue, [SOURCE], (2, 2), titles=["a $5 cat"], stage_names=["before block 1"], path=tmp_path / "a.png")
     pixels = png(tmp_path / "a.png")
     is_blue = (pixels == (0, 0, 255)).all(-1)
     top, bottom = np.flatnonzero(is_blue.any(1))[[0, -1]]
@@ -63,9 +64,9 @@ def test_dropped_patch_is_struck_out_in_the_file_and_kept_ones_are_untouched(tmp
 def test_dropped_patch_shows_on_an_image_of_the_colour_of_the_wash(tmp_path):
     grey = np.full((1, 3, 32, 32), WASH)
     pictures = []
-    for name, keep in (("all", np.ones((1, 4))), ("three", KEEP)):
+    for name, source in (("all", np.arange(4)[None]), ("three", SOURCE)):
         path = tmp_path / f"{name}.png"
-        plot_dropped_patches(grey, [keep], (2, 2), titles=["grey"], stage_names=["stage"], path=path)
+        plot_patches(grey, [source], (2, 2), titles=["grey"], stage_names=["stage"], path=path)
         pictures.append(png(path))
     changed = (pictures[0] != pictures[1]).any(-1)
     assert changed[: changed.shape[0] // 2].sum() > 100
@@ -73,9 +74,9 @@ def test_dropped_patch_shows_on_an_image_of_the_colour_of_the_wash(tmp_path):
 
 def test_photographs_still_fit_into_a_card(tmp_path):
     noise = np.random.default_rng(0).random((3, 3, 224, 224))
-    keep = [np.ones((3, 196), bool)] * 3
+    sources = [np.tile(np.arange(196), (3, 1))] * 3
     path = tmp_path / "noise.png"
-    plot_dropped_patches(noise, keep, (14, 14), titles=["a", "b", "c"], stage_names=["x", "y", "z"], path=path)
+    plot_patches(noise, sources, (14, 14), titles=["a", "b", "c"], stage_names=["x", "y", "z"], path=path)
     png(path)
 
 
@@ -84,16 +85,16 @@ def test_photographs_still_fit_into_a_card(tmp_path):
     [
         ({"images": np.zeros((1, 1, 8, 8))}, "`images`"),
         ({"images": np.zeros((0, 3, 8, 8))}, "`images`"),
-        ({"grid": (3, 2)}, "`keep`"),
+        ({"grid": (3, 2)}, "`sources`"),
         ({"titles": []}, "`titles`"),
         ({"stage_names": ["one", "two"]}, "`stage_names`"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
-    given = {"images": np.zeros((1, 3, 8, 8)), "keep": [KEEP], "grid": (2, 2), "titles": ["a"]}
+    given = {"images": np.zeros((1, 3, 8, 8)), "sources": [SOURCE], "grid": (2, 2), "titles": ["a"]}
     given |= {"stage_names": ["one"], "path": tmp_path / "never.png"} | change
     with pytest.raises(DataError, match=named):
-        plot_dropped_patches(**given)
+        plot_patches(**given)
     assert not given["path"].exists()
 
 

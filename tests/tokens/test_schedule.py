@@ -2,12 +2,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import COST
 
 from hf_prune.errors import BudgetError
-from hf_prune.tokens.schedule import even_stages, geometric, keep_ratios_for, target_ms
+from hf_prune.tokens.schedule import even_stages, even_steps_for, geometric, keep_ratios_for, target_ms
 
 
 def test_even_stages_are_the_published_places():
@@ -49,3 +49,13 @@ def test_targets_are_fractions_up_to_one_and_milliseconds_above():
     for wrong in (-1.0, 0.0, 1.0, 60.0):
         with pytest.raises(BudgetError, match="`target_latency`"):
             target_ms(wrong, 50.0)
+
+
+@settings(max_examples=12)
+@given(st.floats(0.45, 0.95))
+def test_even_steps_cost_the_target_and_take_away_as_many_each_time(fraction):
+    ratios = even_steps_for(COST, fraction * COST.dense, (1, 2, 3, 4, 5, 6, 7, 8))
+    price = COST.of_kept(torch.tensor(ratios) * 64, (1, 2, 3, 4, 5, 6, 7, 8)).item()
+    assert price == pytest.approx(fraction * COST.dense, rel=1e-3)
+    steps = [a - b for a, b in pairwise((1.0, *ratios)) if b > 1.5 / 64]
+    assert steps == pytest.approx([steps[0]] * len(steps))
