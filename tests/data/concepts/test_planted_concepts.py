@@ -19,9 +19,9 @@ from hf_prune.data.concepts.settings import SMALL_IMAGES
 # The values for small images, with fewer images and restarts so that it takes seconds.
 SETTINGS = replace(
     SMALL_IMAGES,
-    images_per_class=20,
+    images_per_class=18,
     segment_counts=(5, 10),
-    num_clusters=15,
+    num_clusters=12,
     kmeans_starts=1,
     min_segments=6,
     max_segments=20,
@@ -54,7 +54,7 @@ def scores_of_patterns(net, pictures, places, labels, folder):
 
 @pytest.fixture(scope="module")
 def planted():
-    return planted_rows(60)
+    return planted_rows(40)
 
 
 def test_planted_patterns_are_ranked_first_and_what_all_share_is_not(planted, tmp_path):
