@@ -17,8 +17,8 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from cifar_images import load_images, top1
 from cifar_resnet import CifarResNet
-from one_shot import load_images
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -49,13 +49,6 @@ def ask(teacher: nn.Module, pixels: Tensor) -> Tensor:
     """Return a teacher's log-probabilities `(2, images, classes)` of images and of their mirror images."""
     both = (pixels, pixels.flip(-1))
     return torch.stack([torch.cat([teacher(part).log_softmax(-1) for part in side.split(500)]) for side in both])
-
-
-@torch.no_grad()
-def top1(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
-    """Return the share of images classified rightly."""
-    model.eval()
-    return float((torch.cat([model(part).argmax(-1) for part in pixels.split(500)]) == labels).float().mean())
 
 
 def train(model: nn.Module, pixels: Tensor, labels: Tensor, taught: Tensor, epochs: int) -> None:

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp  # pyright: ignore[reportMissingImports]  (only needed for the comparison)
+from cifar_images import load_images, top1
 from cifar_resnet import CifarResNet
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ from hf_prune.score.taylor import Taylor
 
 RESULTS = Path(__file__).parent / "results" / "one_shot_resnet56.json"
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 NUM_CALIBRATION = 512
 # The channels between the two convolutions of a block.
@@ -79,27 +77,6 @@ def load_model(weights: Path) -> nn.Module:
     model = CifarResNet(56)
     model.load_state_dict(load_file(weights))
     return model.eval()
-
-
-def load_images(folder: Path, split: str, num_images: int) -> tuple[Tensor, Tensor]:
-    """Return the first images of a split as model inputs, and their labels."""
-    rows = datasets.load_dataset(
-        "parquet", data_files=str(folder / f"{split}-*.parquet"), split="train", streaming=True
-    )
-    rows = list(rows.take(num_images))
-    image, label = (next(key for key in rows[0] if word in key) for word in ("im", "label"))
-    pixels = torch.stack([torch.from_numpy(np.array(row[image].convert("RGB"))) for row in rows])
-    scaled = (pixels.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
-        3, 1, 1
-    )
-    return scaled, torch.tensor([row[label] for row in rows])
-
-
-@torch.no_grad()
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images classified rightly."""
-    found = [model(part).argmax(-1) for part in images.split(250)]
-    return float((torch.cat(found) == labels).float().mean())
 
 
 def prune_there(model: nn.Module, importance: Any, widths: dict[str, int], data: tuple[Tensor, Tensor]) -> nn.Module:

@@ -17,7 +17,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ import datasets
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp  # pyright: ignore[reportMissingImports]  (only needed for the comparison)
-from one_shot import EXAMPLE, INNER, load_images, load_model
+from cifar_images import Images, augmented, load_images, top1
+from one_shot import EXAMPLE, INNER, load_model
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -64,7 +65,6 @@ THERE: dict[str, Callable[[], Any]] = {
     "FPGM": lambda: tp.importance.FPGMImportance(),
     "Taylor": lambda: tp.importance.TaylorImportance(),
 }
-Images = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -119,14 +119,6 @@ def clothing(folder: Path, data: Path, num_images: int, num_train: int) -> Task:
     train, test = read("train", num_train), read("test", num_images)
     example = torch.zeros_like(train[0][:1])
     return Task("clothing", dense, example, train, test, hf_prune.analyze(dense, example), [])
-
-
-@torch.no_grad()
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images classified rightly."""
-    model.eval()
-    found = torch.cat([logits_of(model(part)).argmax(-1) for part in images.split(250)])
-    return float((found == labels).float().mean())
 
 
 @torch.no_grad()
@@ -238,20 +230,6 @@ def fine_tune(model: nn.Module, train: Images, *, num_epochs: int, lr: float, se
             optimizer.step()
             schedule.step()
     return model.eval()
-
-
-def augmented(train: Images, generator: torch.Generator) -> Iterator[Images]:
-    """Yield the whole batches of an epoch, each image shifted by up to an eighth of its size and flipped or not."""
-    side, order = train[0].shape[-1], torch.randperm(len(train[1]), generator=generator)
-    pad = side // 8
-    for chosen in order.split(128):
-        if len(chosen) < min(128, len(order)):
-            continue
-        padded = F.pad(train[0][chosen], (pad, pad, pad, pad))
-        shifts = torch.randint(0, 2 * pad + 1, (len(chosen), 2), generator=generator).tolist()
-        flips = torch.rand(len(chosen), generator=generator) < 0.5
-        images = torch.stack([x[:, i : i + side, j : j + side] for x, (i, j) in zip(padded, shifts, strict=True)])
-        yield torch.where(flips[:, None, None, None], images.flip(-1), images), train[1][chosen]
 
 
 def choose_there(task: Task, calibration: Images) -> dict[str, tuple[str, bool]]:

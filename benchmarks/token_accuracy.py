@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import timm
 import torch
 from accelerate import Accelerator
-from one_shot import load_images
+from cifar_images import Images, load_images, top1
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,15 +49,6 @@ FIXED = ", fixed counts"
 ROWS = ("spvit", f"spvit{FIXED}", *METHODS[1:])
 KEEP_RATIOS = (0.7, 0.5)
 BATCH_SIZE, RATE, BACKBONE_SHARE, NUM_CALIBRATION, NUM_COUNTED = 64, 5e-3, 0.06, 512, 32
-Images = tuple[Tensor, Tensor]
-
-
-@torch.no_grad()
-def top1(model: nn.Module, images: Images) -> float:
-    """Return the share of images classified rightly."""
-    model.eval()
-    found = torch.cat([model(part).argmax(-1) for part in images[0].split(250)])
-    return float((found == images[1]).float().mean())
 
 
 def mean_macs(model: nn.Module, images: Tensor) -> float:
@@ -117,7 +108,7 @@ def run(dense: nn.Module, method: str, keep_ratio: float, seed: int, data: Image
     """Return what one method came to."""
     model, started = pruned(dense, method, keep_ratio, seed), time.perf_counter()
     learned = reducer_class(method).learned
-    untrained = None if learned else top1(model, test)
+    untrained = None if learned else top1(model, *test)
     train(model, dense, data, seed=seed)
     if reducer_class(method).adaptive:
         calibration = data[0][:NUM_CALIBRATION].split(64)
@@ -127,12 +118,12 @@ def run(dense: nn.Module, method: str, keep_ratio: float, seed: int, data: Image
         "keep_ratio": keep_ratio,
         "seed": seed,
         "untrained": untrained,
-        "top1": top1(model, test),
+        "top1": top1(model, *test),
         "macs": mean_macs(model, test[0][:NUM_COUNTED]),
     }
     if reducer_class(method).adaptive:
         token_pruning_of(model).runtime = "topk"
-        found |= {"topk_top1": top1(model, test), "topk_macs": mean_macs(model, test[0][:1])}
+        found |= {"topk_top1": top1(model, *test), "topk_macs": mean_macs(model, test[0][:1])}
     return {**found, "seconds": time.perf_counter() - started}
 
 
@@ -198,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_train": arguments.num_train,
         "num_test": arguments.num_test,
         "threads": torch.get_num_threads(),
-        "dense": {"top1": top1(dense, test), "macs": mean_macs(dense, test[0][:1])},
+        "dense": {"top1": top1(dense, *test), "macs": mean_macs(dense, test[0][:1])},
         "runs": [],
     }
     # A run that was stopped goes on where it was.

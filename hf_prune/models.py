@@ -1,7 +1,9 @@
 """Dense models by name: a Hub id, a local folder, a timm name, or the small ones of the embedded defaults."""
 
+import copy
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +29,7 @@ class DenseModel:
         processor: Its image processor (transformers only).
         name: What it was loaded by; None if this process made it.
         license: Licence of its weights where the model card says so.
+        redraw: Builds the model once more, with weights drawn from torch's random numbers.
     """
 
     model: nn.Module
@@ -34,6 +37,7 @@ class DenseModel:
     processor: Any
     name: str | None
     license: str | None
+    redraw: Callable[[], nn.Module]
 
 
 def embedded_vit(label_names: Sequence[str]) -> DenseModel:
@@ -53,18 +57,15 @@ def embedded_vit(label_names: Sequence[str]) -> DenseModel:
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
     )
-    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-    model = transformers.ViTForImageClassification(config)
-    # Positions that start nearly orthogonal and pixels that are heard beside them: a few epochs instead of dozens.
-    nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.7)
-    nn.init.normal_(model.vit.embeddings.patch_embeddings.projection.weight, std=0.1)
-    return DenseModel(
-        model=model.eval(),
-        preprocessing=Preprocessing.from_processor(processor),
-        processor=processor,
-        name=None,
-        license=None,
-    )
+
+    def draw() -> nn.Module:
+        model = transformers.ViTForImageClassification(copy.deepcopy(config))
+        # Positions that start nearly orthogonal and pixels that are heard beside them: a few epochs, not dozens.
+        nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.7)
+        nn.init.normal_(model.vit.embeddings.patch_embeddings.projection.weight, std=0.1)
+        return model.eval()
+
+    return _embedded(draw)
 
 
 def embedded_resnet(label_names: Sequence[str]) -> DenseModel:
@@ -78,13 +79,18 @@ def embedded_resnet(label_names: Sequence[str]) -> DenseModel:
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
     )
+    return _embedded(lambda: transformers.ResNetForImageClassification(copy.deepcopy(config)).eval())
+
+
+def _embedded(draw: Callable[[], nn.Module]) -> DenseModel:
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     return DenseModel(
-        model=transformers.ResNetForImageClassification(config).eval(),
+        model=draw(),
         preprocessing=Preprocessing.from_processor(processor),
         processor=processor,
         name=None,
         license=None,
+        redraw=draw,
     )
 
 
@@ -135,7 +141,17 @@ def _load_timm(timm_name: str, name: str, label_names: Sequence[str], new_head: 
         processor=None,
         name=name,
         license=cfg.get("license"),
+        redraw=lambda: _redrawn_timm(timm_name, len(label_names)),
     )
+
+
+def _redrawn_timm(timm_name: str, num_classes: int) -> nn.Module:
+    model = cast(Any, timm.create_model(timm_name, pretrained=False, num_classes=num_classes))
+    init = getattr(model, "init_weights", None)
+    if init is not None and "zero_init_last" in inspect.signature(init).parameters:
+        # Branches that begin with zero get no gradients, so that nothing could be said about their units.
+        init(zero_init_last=False)
+    return model.eval()
 
 
 def _load_transformers(name: str, label_names: Sequence[str], new_head: bool) -> DenseModel:
@@ -164,7 +180,14 @@ def _load_transformers(name: str, label_names: Sequence[str], new_head: bool) ->
         processor=processor,
         name=name,
         license=card_license(name),
+        redraw=lambda: _redrawn_transformers(model),
     )
+
+
+def _redrawn_transformers(model: nn.Module) -> nn.Module:
+    config = copy.deepcopy(cast(Any, model).config)
+    config._name_or_path = ""  # its weights will be nobody else's
+    return type(model)(config).eval()
 
 
 def _require_labels(name: str, num_labels: int, label_names: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ class CutEvidence:
         batch_sizes: Batch sizes to time; the last is the target's.
         train_seconds: Wall-clock time of training and cutting.
         notes: What else a reader should know.
+        figures: Pictures in the folder already, to be shown before those of every run.
         pruned_macs: Of the pruned model, mean over the images; None where all images cost the same, and are counted.
     """
 
@@ -56,6 +57,7 @@ class CutEvidence:
     batch_sizes: tuple[int, ...]
     train_seconds: float
     notes: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
     pruned_macs: float | None = None
 
 
@@ -99,7 +101,7 @@ def publish_cut(run: Run, evidence: CutEvidence, splits: ImageSplits, *, seed: i
         stages=_stages(evidence),
         target=target,
         train_seconds=evidence.train_seconds,
-        figures=figures,
+        figures=(*evidence.figures, *figures),
         limits=(*limits_of(evidence.pruned_accuracy, splits.notes), *evidence.notes),
     )
     report.write(folder)

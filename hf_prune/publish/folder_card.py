@@ -14,7 +14,7 @@ from hf_prune.publish.card import TAGS, environment, hub_id, metadata, render_ca
 from hf_prune.publish.folder import CONFIG
 from hf_prune.publish.save import HISTORY_FILE, MEASUREMENTS_FILE
 from hf_prune.publish.token_methods import METHODS as TOKEN_METHODS
-from hf_prune.publish.token_words import sentence, tokens_in
+from hf_prune.publish.token_methods import sentences, tokens_in
 
 WIDTHS = "figures/widths.png"
 # What recipes do, in the words of a card; their files say it at length.
@@ -23,6 +23,9 @@ METHODS = {
     "trained on labels and on the logits of the dense one.",
     "channels": "Channels were scored on training images and cut to a budget; after that the model was trained on "
     "labels and on the logits of the dense one.",
+    "cop": "COP (Yang et al., One-cut Network Pruning at Initialization with Explainable Image Concepts, PRMU 2022): a "
+    "teacher told which parts of images speak for which class; units were scored once on images made of such concepts, "
+    "and cut before training on labels.",
     "joint": "Schedules of tokens, each with the heads and MLP neurons that one budget leaves beside it, were compared "
     "on training images, and the one was taken that changed the answers of the dense model least; after that the model "
     "was trained on labels and on the logits of the dense one.",
@@ -94,6 +97,7 @@ def _card_of_cut(folder: Path, report: Report | None, model_id: str | None, lice
         title=name,
         needs_import=manifest is not None,
         base=base,
+        is_drawn=any(step["plan"]["how"].get("weights") == "random" for step in history if step["plan"]["how"]),
         licence=None if data.license == "unknown" else data.license,
         load_snippet=_snippet(config, library, model_id or folder.resolve().name, needs_import=manifest is not None),
         before_after=_before_after(history, measured) if report is None else comparison(report),
@@ -106,7 +110,7 @@ def _card_of_cut(folder: Path, report: Report | None, model_id: str | None, lice
         changes=" and ".join((*(("fewer heads, neurons or channels",) if widths else ()),
                               *(("fewer patch tokens on the way",) if tokens else ()))),
         widths=widths,
-        tokens=tokens and sentence(tokens),
+        tokens=tokens and sentences(tokens),
         stages=stage_table(report) if report is not None and report.stages else None,
         figures=(*((WIDTHS,) if widths else ()), *(() if report is None else report.figures)),
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """What cards say about methods that make tokens fewer: a name, a sentence or two, where we differ."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,21 @@ METHODS = {
         "that every other method must beat.",
     ),
 }
+
+
+def tokens_in(manifest: Any) -> Mapping[str, Any] | None:
+    """Return the settings of the reducers in a manifest, if it has some that a card has words for."""
+    tokens = manifest.get("tokens") if isinstance(manifest, Mapping) else None
+    return tokens if isinstance(tokens, Mapping) and tokens.get("method", "spvit") in METHODS else None
+
+
+def sentences(tokens: Mapping[str, Any]) -> str:
+    """Say how tokens become fewer, where, and by how much."""
+    method = METHODS[tokens.get("method", "spvit")]
+    blocks = [str(block) for block in tokens["before_blocks"]]
+    shares = [f"{ratio:.0%}" for ratio in tokens["keep_ratios"]]
+    name = method.name[0].upper() + method.name[1:] + (f" ({method.paper})" if method.paper else "")
+    return (
+        f"{name} {method.text} Here that is before {'block' if len(blocks) == 1 else 'blocks'} {', '.join(blocks)} "
+        f"(counted from 0), and {', '.join(shares)} of the patches are meant to be alive after it."
+    )

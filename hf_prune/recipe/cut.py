@@ -263,6 +263,7 @@ def finish(
     *,
     started: float,
     notes: Sequence[str] = (),
+    figures: Sequence[str] = (),
     macs_of: Callable[[Accuracy], float] | None = None,
 ) -> None:
     """Score dense and pruned on the test split, publish the folder, print the report, push where that was asked for.
@@ -273,6 +274,7 @@ def finish(
         cut: What came out.
         started: When training began, by `time.perf_counter`.
         notes: What a reader of the card should know.
+        figures: Files in the output folder that the card shows first.
         macs_of: Returns the mean MACs of an image from the tokens that images kept; None counts them on one image.
     """
     settings, accuracy = job.settings, job.evaluate(cut.model, "test", "pruned")
@@ -288,6 +290,7 @@ def finish(
         batch_sizes=tuple(dict.fromkeys((1, settings.latency_batch_size))),
         train_seconds=time.perf_counter() - started,
         notes=tuple(notes),
+        figures=tuple(figures),
         pruned_macs=None if macs_of is None else macs_of(accuracy),
     )
     if job.run.is_main:

@@ -90,7 +90,7 @@ def test_one_card_says_both(tmp_path):
     hf_prune.save(model, tmp_path)
     card = hf_prune.write_card(tmp_path).read_text()
     assert "fewer heads, neurons or channels and fewer patch tokens" in card
-    assert "EViT, Liang et al." in card
+    assert "EViT (Liang et al." in card
     assert "60%, 30% of the patches" in card
     assert "structured-pruning" in card
     assert "token-pruning" in card
@@ -106,7 +106,7 @@ def test_tokens_alone_have_a_card_too_and_no_widths(tmp_path):
     hf_prune.save(model, tmp_path)
     card = hf_prune.write_card(tmp_path).read_text()
     assert "with fewer patch tokens" in card
-    assert "ToMe, Bolya et al." in card
+    assert "ToMe (Bolya et al." in card
     assert "gone for good" not in card
     assert not (tmp_path / "figures").exists()
 

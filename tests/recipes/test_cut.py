@@ -1,6 +1,5 @@
 """The recipes that cut: heads, channels, smcp. Small settings, one thread; the road is the whole one."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,14 +12,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
+from recipes_here import run_recipe
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 import hf_prune
 from hf_prune.errors import HfPruneError
-from hf_prune.recipe.settings import parse
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
@@ -32,19 +30,8 @@ PUBLISHED = {"README.md", "config.json", "figures", "latency_accuracy.png", "mod
 
 
 def run(recipe, *arguments, folder):
-    """Run a recipe in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    spec = importlib.util.spec_from_file_location(f"{recipe}_recipe", ROOT / "recipes" / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
     few = [] if recipe == "spvit" else ["--calibration_images", "64"]
-    line = [*QUICK, *few, *arguments, "--output_dir", str(folder)]
-    try:
-        module.main(parse(module.Settings, line, description=None, embedded=module.EMBEDDED_SETTINGS))
-    finally:
-        torch.set_num_threads(threads)
+    run_recipe(recipe, *QUICK, *few, *arguments, folder=folder)
 
 
 def refuse(recipe, *arguments, folder):

@@ -1,25 +1,20 @@
 """The recipe for tokens and widths in one budget. Small settings, one thread; the road is the whole one."""
 
-import importlib.util
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from invented_tables import block_table, operator_table
+from recipes_here import run_recipe
 
 import hf_prune
 from hf_prune.allocate.joint_plan import JointPlan
 from hf_prune.errors import HfPruneError
 from hf_prune.measure.evidence import time_models
 from hf_prune.measure.token_cost import count_macs
-from hf_prune.recipe.settings import parse
 from hf_prune.tokens.attach import token_pruning_of
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "joint.py"
 QUICK = [
     "--dense_epochs", "1", "--num_train_epochs", "1", "--max_train_samples", "64", "--max_eval_samples", "40",
     "--logging_steps", "2", "--num_threads", "1", "--latency_batch_size", "1", "--calibration_images", "64",
@@ -37,19 +32,7 @@ def few_timed_batches(monkeypatch):
         monkeypatch.setattr(f"{module}.time_models", partial(time_models, seconds=0.1))
 
 
-def run(*arguments, folder):
-    """Run the recipe in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    spec = importlib.util.spec_from_file_location("joint_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    line = [*QUICK, *arguments, "--output_dir", str(folder)]
-    try:
-        module.main(parse(module.Settings, line, description=None, embedded=module.EMBEDDED_SETTINGS))
-    finally:
-        torch.set_num_threads(threads)
+run = partial(run_recipe, "joint", *QUICK)
 
 
 def evidence(folder):
@@ -79,7 +62,7 @@ def test_a_learned_method_within_milliseconds_leaves_one_model_with_its_evidence
     model = hf_prune.load(folder)
     assert token_pruning_of(model).settings.method == "spvit"
     assert sum(p.numel() for p in model.parameters()) == pruned["params"]
-    for piece in ("SPViT, Kong et al.", "selector before block", "Latency target",
+    for piece in ("SPViT (Kong et al.", "selector before block", "Latency target",
                   "fewer heads, neurons or channels and fewer patch tokens"):  # fmt: skip
         assert piece in card
     assert "nats off" in capsys.readouterr().out
@@ -97,7 +80,7 @@ def test_a_method_without_parameters_meets_the_budget_to_the_count(tmp_path):
     model = hf_prune.load(folder)
     assert token_pruning_of(model).settings.before_blocks == (1, 3)
     assert count_macs(lambda: model(torch.zeros(1, 3, 32, 32))) == pruned["macs"]
-    assert "EViT, Liang et al." in card
+    assert "EViT (Liang et al." in card
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The recipe as a user starts it: whole runs in processes of their own, on a handful of images."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hub_server import HubServer
+from recipes_here import run_recipe
 from safetensors.torch import load_file
 from tiny_models import build_dense
 
 import hf_prune
 from hf_prune.errors import HfPruneError
-from hf_prune.recipe.settings import parse
 from hf_prune.tokens.attach import token_pruning_of
 
 ROOT = Path(__file__).parents[2]
@@ -46,18 +44,8 @@ def succeed(*arguments: str, **options) -> str:
 
 def refuse(*arguments: str, folder: Path) -> str:
     """Run the recipe in this process and return the error it stops with."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    spec = importlib.util.spec_from_file_location("spvit_recipe", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules["spvit_recipe"] = recipe
-    spec.loader.exec_module(recipe)
-    threads = torch.get_num_threads()
-    line = [*QUICK, *arguments, "--output_dir", str(folder)]
-    try:
-        with pytest.raises(HfPruneError) as caught:
-            recipe.main(parse(recipe.Settings, line, description=None, embedded=recipe.EMBEDDED_SETTINGS))
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.raises(HfPruneError) as caught:
+        run_recipe("spvit", *QUICK, *arguments, folder=folder)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 

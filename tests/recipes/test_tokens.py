@@ -1,14 +1,11 @@
 """The recipe of token methods: whole runs on a handful of images, in this process, timed a few times only."""
 
-import importlib.util
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
+from recipes_here import run_recipe
 from tiny_models import pixel_batch
 
 import hf_prune
@@ -16,10 +13,8 @@ from hf_prune.errors import HfPruneError
 from hf_prune.measure import evidence, token_table
 from hf_prune.measure.report import Report
 from hf_prune.measure.token_cost import count_macs
-from hf_prune.recipe.settings import parse
 from hf_prune.tokens.attach import token_pruning_of
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tokens.py"
 QUICK = [
     "--max_train_samples", "32", "--max_eval_samples", "20", "--per_device_train_batch_size", "16",
     "--dense_epochs", "1", "--num_train_epochs", "0", "--num_threads", "1", "--latency_batch_size", "4",
@@ -32,19 +27,9 @@ def run(tmp_path, monkeypatch):
     for name in ("MIN_REPEATS", "MAX_REPEATS"):
         monkeypatch.setattr(evidence, name, 3)
     monkeypatch.setattr(token_table.measure_token_table, "__kwdefaults__", {"repeats": 5, "step": 16})
-    AcceleratorState._reset_state(reset_partial_state=True)
-    spec = importlib.util.spec_from_file_location("tokens_recipe", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "tokens_recipe", recipe)
-    spec.loader.exec_module(recipe)
-    threads = torch.get_num_threads()
 
     def start(*arguments: str) -> Path:
-        line = [*QUICK, *arguments, "--output_dir", str(tmp_path / "out")]
-        try:
-            recipe.main(parse(recipe.Settings, line, description=None, embedded=recipe.EMBEDDED_SETTINGS))
-        finally:
-            torch.set_num_threads(threads)
+        run_recipe("tokens", *QUICK, *arguments, folder=tmp_path / "out")
         return tmp_path / "out"
 
     return start
