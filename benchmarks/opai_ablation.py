@@ -179,9 +179,9 @@ def main() -> None:
     parser.add_argument("--saliencies", nargs="+", default=[*SALIENCIES], choices=[*SALIENCIES])
     parser.add_argument("--sources", nargs="+", default=[*TITLES], choices=[*TITLES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--num_train", type=int, default=12_800)
-    parser.add_argument("--num_test", type=int, default=5_000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--num_train", type=int, default=6_400)
+    parser.add_argument("--num_test", type=int, default=2_000)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -189,7 +189,8 @@ def main() -> None:
     teacher.load_state_dict(load_file(args.weights))
     splits = load_images(str(args.data))
     concepts = discover_concepts(teacher.eval(), splits, CONCEPTS, preprocessing=LIKE, settings=SMALL_IMAGES)
-    plot_concept_sheet(concepts, CONCEPTS / "sheet.png")
+    if not (CONCEPTS / "sheet.png").is_file():
+        plot_concept_sheet(concepts, CONCEPTS / "sheet.png")
     ablate(args, Images(concepts, splits))
     rows = {name: rows_of(results(), name) for name in SALIENCIES}
     print(table(rows))

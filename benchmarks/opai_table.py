@@ -92,8 +92,10 @@ def differs(these: Sequence[float], those: Sequence[float]) -> float:
 
 
 def findings(saliency: str, rows: Sequence[Row]) -> list[str]:
-    """Say what the numbers of one saliency say, and what they do not."""
+    """Say what the numbers of one saliency say, and what they do not; nothing before there is something to compare."""
     by_source = {row.source: row for row in rows}
+    if not {REFERENCE, FLOOR} <= set(by_source):
+        return []
     reference, floor = by_source[REFERENCE], by_source[FLOOR]
     said = [f"{saliency}: the units kept by two sets of training images overlap by {spread(floor.overlap, 1, 2)}."]
     inside, outside = [], []

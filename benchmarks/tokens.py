@@ -5,8 +5,9 @@ Writes  benchmarks/results/tokens_<device>.json and prints the tables of the REA
 
 DeiT-S and DeiT-T at 224 px with random weights, selectors before blocks 3, 6, 9 that keep 0.7, 0.49 and 0.343 of the
 patches on average: thresholds are set on crops of two photographs (those inside scikit-learn), and other crops are
-timed, so that every image keeps its own number. All models of a size and batch run in turns in one process. The ideal
-is what the MACs promise: those of the dense model divided by those counted on single images, reducers included.
+timed, so that every image keeps its own number. All models of a size and batch run in turns in one process, on the same
+images. What counts is throughput, and the ideal is what the MACs of these images promise, reducers included.
+Products: the first linear layers of all MLPs, over the tokens of one image that each stage leaves.
 Training: one step of the late phase (dropped tokens leave), one of masked training, one of the dense model, with and
 without a teacher; memory is what is saved for the backward pass.
 """
@@ -39,7 +40,7 @@ from hf_prune.tokens.constraint import keep_constraint
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"DeiT-S": "deit_small_patch16_224", "DeiT-T": "deit_tiny_patch16_224"}
 PLACES, KEEP_RATIOS = (3, 6, 9), (0.7, 0.49, 0.343)
-BATCH_SIZES, TRAIN_BATCH_SIZE, NUM_CALIBRATION, NUM_COUNTED = (1, 32), 8, 32, 8
+BATCH_SIZES, TRAIN_BATCH_SIZE, NUM_CALIBRATION, NUM_TIMED = (1, 32), 8, 32, 32
 
 
 def crops(number: int, seed: int) -> Tensor:
@@ -82,7 +83,7 @@ def device_of(model: nn.Module) -> torch.device:
 def speed(dense: nn.Module, adaptive: nn.Module, batch_size: int, *, repeats: int, compiled: bool) -> dict[str, Any]:
     """Return the milliseconds of all models at a batch size, and what the MACs promise."""
     device = device_of(dense)
-    pool = crops(64, seed=2).to(device)
+    pool = crops(NUM_TIMED, seed=2).to(device)
     batches = pool.split(batch_size)
     fixed = copy.deepcopy(adaptive)
     token_pruning_of(fixed).runtime = "topk"
@@ -97,24 +98,23 @@ def speed(dense: nn.Module, adaptive: nn.Module, batch_size: int, *, repeats: in
     for image in pool:
         adaptive(image[None])
         counts.append([float(record.keep.sum()) for record in token_pruning_of(adaptive).take_records()])
-    macs = {
-        name: statistics.fmean(count_macs(lambda m=m, i=i: m(i[None])) for i in pool[:NUM_COUNTED])
-        for name, m in models.items()
-    }
+    macs = {name: statistics.fmean(count_macs(lambda m=m, i=i: m(i[None])) for i in pool) for name, m in models.items()}
     if compiled:
         models["dense compiled"] = torch.compile(dense)  # type: ignore[assignment]
         models["spvit topk compiled"] = torch.compile(models["spvit topk"], fullgraph=True)  # type: ignore[assignment]
     runs: dict[str, Callable[[int], object]] = {
         name: lambda i, model=model: model(batches[i % len(batches)]) for name, model in models.items()
     }
-    times = time_side_by_side(runs, device, repeats=repeats)
+    times = time_side_by_side(runs, device, repeats=repeats * len(batches))
+    # Throughput: images differ, so the medians over the repeats are taken batch by batch, and added up.
+    total_ms = {
+        name: sum(statistics.median(values[number :: len(batches)]) for number in range(len(batches)))
+        for name, values in times.items()
+    }
     return {
         "batch_size": batch_size,
-        "median_ms": {name: statistics.median(values) for name, values in times.items()},
-        "faster_than_dense": {
-            name: statistics.median(d / t for d, t in zip(times["dense"], values, strict=True))
-            for name, values in times.items()
-        },
+        "mean_ms": {name: total / len(batches) for name, total in total_ms.items()},
+        "faster_than_dense": {name: total_ms["dense"] / total for name, total in total_ms.items()},
         "promised": {name: macs["dense"] / count for name, count in macs.items()},
         "kept": {
             "mean": np.mean(counts, 0).tolist(),
@@ -122,6 +122,24 @@ def speed(dense: nn.Module, adaptive: nn.Module, batch_size: int, *, repeats: in
             "most": np.max(counts, 0).tolist(),
         },
     }
+
+
+@torch.no_grad()
+def products(dense: nn.Module, *, repeats: int) -> dict[str, float]:
+    """Return what share of its time over all tokens a product of matrices takes over those that each stage leaves."""
+    layers = [block.mlp.fc1 for block in dense.blocks]  # type: ignore
+    lengths = [1 + round(ratio * 196) for ratio in (1.0, *KEEP_RATIOS)]
+    tokens = {str(length): torch.randn(1, length, layers[0].in_features, device=device_of(dense)) for length in lengths}
+
+    def run(pixels: Tensor) -> None:
+        for layer in layers:
+            layer(pixels)
+
+    times = time_side_by_side(
+        {name: lambda _, x=x: run(x) for name, x in tokens.items()}, device_of(dense), repeats=20 * repeats
+    )
+    whole_ms = statistics.median(times[str(lengths[0])])
+    return {name: statistics.median(values) / whole_ms for name, values in times.items()}
 
 
 def saved_bytes(step: Callable[[], Tensor], model: nn.Module) -> int:
@@ -220,10 +238,13 @@ def main() -> None:
         dense = timm.create_model(MODELS[name]).to(device).eval().requires_grad_(False)
         rows, adaptive = [], reduced(dense, "spvit")
         for size in BATCH_SIZES:
-            repeats = 4 * arguments.repeats if size == 1 else arguments.repeats
-            rows.append(speed(dense, adaptive, size, repeats=repeats, compiled=not arguments.not_compiled))
+            rows.append(speed(dense, adaptive, size, repeats=arguments.repeats, compiled=not arguments.not_compiled))
             print(name, rows[-1]["faster_than_dense"], flush=True)
-        results["models"][name] = {"speed": rows, "training": training(dense, adaptive, repeats=arguments.repeats)}
+        results["models"][name] = {
+            "speed": rows,
+            "products": products(dense, repeats=arguments.repeats),
+            "training": training(dense, adaptive, repeats=arguments.repeats),
+        }
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(tables(results))
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hf_prune.allocate.joint_plan import JointPlan
     from hf_prune.allocate.plan import Plan
     from hf_prune.analyse.graph import AxisGraph
+    from hf_prune.data.concept_sets import pruning_source
+    from hf_prune.data.concepts.discover import discover_concepts
     from hf_prune.joint import apply_joint, plan_joint
     from hf_prune.measure.model import compare, measure
     from hf_prune.pipeline import analyze, apply_plan, plan, prune
@@ -42,12 +44,14 @@ _HOMES = {
     "apply_joint": "hf_prune.joint",
     "apply_plan": "hf_prune.pipeline",
     "compare": "hf_prune.measure.model",
+    "discover_concepts": "hf_prune.data.concepts.discover",
     "fit_two_speed": "hf_prune.tokens.two_speed_fit",
     "load": "hf_prune.publish.save",
     "manifest": "hf_prune.publish.describe:on_record",
     "plan": "hf_prune.pipeline",
     "plan_joint": "hf_prune.joint",
     "prune": "hf_prune.pipeline",
+    "pruning_source": "hf_prune.data.concept_sets",
     "push_folder": "hf_prune.publish.hub",
     "push_to_hub": "hf_prune.publish.hub",
     "save": "hf_prune.publish.save",
@@ -72,6 +76,7 @@ __all__ = [
     "apply_joint",
     "apply_plan",
     "compare",
+    "discover_concepts",
     "fit_two_speed",
     "load",
     "manifest",
@@ -79,6 +84,7 @@ __all__ = [
     "plan",
     "plan_joint",
     "prune",
+    "pruning_source",
     "push_folder",
     "push_to_hub",
     "save",

@@ -184,6 +184,7 @@ def one_cut(job: Job[Settings], concepts: ConceptCache) -> Cut:
 def images_for(job: Job[Settings], concepts: ConceptCache) -> PruningSet:
     """Return the images that units are scored on."""
     settings, preprocessing = job.settings, job.dense.preprocessing
+    augmentation = AUGMENTATIONS[settings.augmentation]
     defaults = FOR_GRASP if settings.criterion == "grasp" else FOR_SNIP
     return pruning_source(
         settings.pruning_data,
@@ -194,10 +195,10 @@ def images_for(job: Job[Settings], concepts: ConceptCache) -> PruningSet:
             defaults,
             images_per_class=settings.images_per_class or defaults.images_per_class,
             num_concepts=settings.num_concepts,
-            stitch=StitchSettings(coverage=settings.stitch_coverage),
+            stitch=StitchSettings(coverage=settings.stitch_coverage, flip_prob=augmentation.hflip_prob),
             seed=settings.seed,
         ),
-        augment=train_transform(preprocessing, AUGMENTATIONS[settings.augmentation]),
+        augment=train_transform(preprocessing, augmentation),
     )
 
 

@@ -20,7 +20,7 @@ def fit_to_target(
     calibrate: Callable[[Sequence[float]], object],
     measure: Callable[[], float],
     solve: Callable[[float], Sequence[float]] | None = None,
-    max_rounds: int = 4,
+    max_rounds: int = 6,
 ) -> float:
     """Set thresholds, measure, and shift the keep ratios until the measured cost is the target.
 
@@ -49,12 +49,29 @@ def fit_to_target(
         measured = measure()
         if abs(measured / target - 1) <= TOLERANCE or attempt == max_rounds - 1:
             break
-        aim *= target / measured
         try:
-            ratios = solve(aim)
+            aim, ratios = _towards(aim * target / measured, aim, solve)
         except BudgetError as err:
             # The model may be trained by now: what it reached is worth more than an error.
             warnings.warn(f"the target was missed by {measured / target - 1:.1%}: {err}", HfPruneWarning, 2)
             break
         pruning.settings = replace(settings, keep_ratios=tuple(ratios))
     return measured
+
+
+def _towards(
+    aim: float, reached: float, solve: Callable[[float], Sequence[float]], num_halvings: int = 4
+) -> tuple[float, Sequence[float]]:
+    """Return an aim and its ratios; where no ratios cost so little, one on the way there from what was reached.
+
+    A single measurement may be far off, and what a model costs beyond its table does not shrink with the aim.
+
+    Raises:
+        BudgetError: If nothing on the way can be met either.
+    """
+    try:
+        return aim, solve(aim)
+    except BudgetError:
+        if not num_halvings:
+            raise
+    return _towards((aim + reached) / 2, reached, solve, num_halvings - 1)

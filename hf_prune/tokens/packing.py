@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.tokens.tokenset import hide_keys
 
-# Packing costs some dozens of small operations a block; below this many multiply-accumulates of linear layers saved
-# a block (about a millisecond of a CPU core) padding is cheaper.
+# Packing costs some dozens of small operations a block, one after the other; below this many multiply-accumulates of
+# linear layers saved a block (about a millisecond of a CPU core; threads share them out) padding is cheaper.
 PACK_FROM_MACS = 5e7
 
 
@@ -118,7 +118,8 @@ class Packing:
     def is_worth_it(policy: Tensor, dim: int) -> bool:
         """Return whether the padding of a batch `(B, T)` costs a block of width `dim` more than packing does."""
         padding = policy.numel() - int(policy.sum())
-        return padding * 12 * dim**2 >= PACK_FROM_MACS
+        threads = torch.get_num_threads() if policy.device.type == "cpu" else 1
+        return padding * 12 * dim**2 >= PACK_FROM_MACS * threads
 
     def pack(self, x: Tensor) -> Tensor:
         """Turn a padded batch `(B, T, ...)` into one sequence `(1, L, ...)`."""

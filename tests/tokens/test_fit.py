@@ -43,3 +43,19 @@ def test_a_target_that_turns_out_unreachable_warns_and_keeps_the_model():
     with pytest.warns(HfPruneWarning, match="missed by"):
         reached, _, _ = run_fit(6.0, target)
     assert reached > target
+
+
+def test_a_measurement_out_of_all_proportion_does_not_end_the_search():
+    """As when another program took the processor while the first one was made."""
+    target = 0.7 * COST.dense
+    ratios = keep_ratios_for(COST, target, (1, 3, 5))
+    pruning = add_token_pruning(
+        build_dense("vit"), TokenPruningConfig(before_blocks=(1, 3, 5), keep_ratios=ratios, num_heads=4)
+    )
+    set_to, factors = [], iter([3.0, *[1.1] * 9])
+
+    def measure() -> float:
+        return next(factors) * COST.of_kept(torch.tensor(set_to[-1]) * 64, (1, 3, 5)).item()
+
+    reached = fit.fit_to_target(pruning, COST, target, calibrate=set_to.append, measure=measure)
+    assert reached == pytest.approx(target, rel=fit.TOLERANCE)
