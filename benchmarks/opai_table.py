@@ -100,7 +100,7 @@ def findings(saliency: str, rows: Sequence[Row]) -> list[str]:
     said = [f"{saliency}: the units kept by two sets of training images overlap by {spread(floor.overlap, 1, 2)}."]
     inside, outside = [], []
     for row in rows:
-        if row.source in (REFERENCE, FLOOR):
+        if row.source in (REFERENCE, FLOOR) or min(len(row.overlap), len(floor.overlap)) < 2:
             continue
         away = abs(differs(row.overlap, floor.overlap)) >= CERTAIN
         (outside if away else inside).append(TITLES[row.source])

@@ -100,12 +100,14 @@ def test_sentences_follow_the_numbers(concept, control, against_images, against_
         row("concept", concept, (0.2, 0.21, 0.22)),
         row(CONTROL, control),
         row("label_noise", (0.5, 0.5, 0.5)),
+        row("ones", (0.3,), (0.62,)),  # one seed says nothing
     ]
     floor, near, far, images, rectangles = findings("snip", rows)
     assert "0.62 ± 0.02" in floor
     assert TITLES["label_noise"] in near
     assert TITLES["concept"] in far
     assert TITLES["concept"] not in near
+    assert TITLES["ones"] not in near + far
     assert against_images in images
     assert against_control in rectangles
 
