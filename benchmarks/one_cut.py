@@ -3,10 +3,10 @@
 Run     python benchmarks/one_cut.py
 Writes  benchmarks/results/one_cut.json and prints the table.
 
-A ResNet-50 of timm with random weights is analysed, scored on 64 random images of 224 px (none for SynFlow), cut to
-half its MACs by global rank, and verified; each row in a process of its own. Seconds are by the wall clock, with all
-threads; memory is by how much the process grew at its peak from where it was when model and images were there. GraSP
-takes micro-batches of several sizes.
+A ResNet-50 of timm with random weights is analysed, scored on 64 random images of 224 px, cut to half its MACs by
+global rank, and verified; each row in a process of its own. Seconds are by the wall clock, with all threads; memory is
+by how much the process grew at its peak from where it was when model and images were there. GraSP takes micro-batches
+of several sizes.
 """
 
 import argparse
@@ -27,20 +27,16 @@ from hf_prune.publish.manifest import versions
 from hf_prune.score.base import Criterion
 from hf_prune.score.grasp import Grasp
 from hf_prune.score.registry import criterion
-from hf_prune.score.synflow import Synflow
 
 RESULTS = Path(__file__).parent / "results" / "one_cut.json"
 NUM_IMAGES, BATCH_SIZE, KEEP_MACS = 64, 16, 0.5
-CUTS = ("snip", "grasp, 4 at a time", "grasp, 16 at a time", "synflow, 100 steps")
+CUTS = ("snip", "grasp, 4 at a time", "grasp, 16 at a time")
 
 
 def criterion_of(cut: str) -> Criterion:
     """Return what a row is about."""
     name, _, rest = cut.partition(", ")
-    number = int(rest.split()[0]) if rest else 0
-    return {"grasp": Grasp(micro_batch_size=max(number, 1)), "synflow": Synflow(steps=max(number, 1))}.get(
-        name, criterion("snip")
-    )
+    return Grasp(micro_batch_size=int(rest.split()[0])) if rest else criterion(name)
 
 
 def peak_mib() -> float:
