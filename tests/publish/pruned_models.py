@@ -58,6 +58,10 @@ def cut(model: nn.Module, *, removing: tuple[str, ...] = ()) -> Any:
 
 @torch.no_grad()
 def answer(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
-    """Return what a model answers, whatever it wraps it in."""
-    out = model.eval()(images)
+    """Return what a model answers, whatever it wraps it in, with its weights in memory of their own.
+
+    Loaded weights lie where their file has them, and on some processors a convolution rounds by that address.
+    """
+    weights = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    out = torch.func.functional_call(model.eval(), weights, (images,))
     return out if isinstance(out, Tensor) else out[0]
