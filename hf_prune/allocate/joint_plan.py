@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hf_prune.allocate.plan import Plan
+from hf_prune.allocate.plan import Plan, read_json
 from hf_prune.errors import ManifestError, PlanError
 from hf_prune.files import write_whole
 from hf_prune.tokens.config import TokenPruningConfig
@@ -96,9 +96,4 @@ class JointPlan:
         Raises:
             PlanError: If there is none, or it is malformed.
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as err:
-            if isinstance(err, PlanError):
-                raise
-            raise PlanError(f"no joint plan could be read from '{path}': {err}") from err
+        return cls.from_json(read_json(path, "joint plan"))

@@ -149,12 +149,19 @@ class Plan:
         Raises:
             PlanError: If there is none, or it is malformed.
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as err:
-            if isinstance(err, PlanError):
-                raise
-            raise PlanError(f"no plan could be read from '{path}': {err}") from err
+        return cls.from_json(read_json(path, "plan"))
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Return the content of a file that holds a plan of some kind.
+
+    Raises:
+        PlanError: If there is none, or it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise PlanError(f"no {what} could be read from '{path}': {err}") from err
 
 
 def unknown_axis(name: str, graph: "AxisGraph") -> str:
