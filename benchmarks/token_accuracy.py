@@ -1,7 +1,11 @@
 """Accuracy against MACs of token methods, after the same short training of the same ViT.
 
-Run     python benchmarks/token_accuracy.py --data cifar10/ --model outputs/benchmarks/vit-cifar10
-Writes  benchmarks/results/token_accuracy.json and docs/token_accuracy.png, and prints the table.
+Run     python benchmarks/token_accuracy.py --data cifar10/ --model outputs/benchmarks/vit-cifar10 \
+            --picture docs/token_accuracy.png
+        python benchmarks/token_accuracy.py --data cifar10/ --model outputs/benchmarks/vit-cifar10 --seeds 0 \
+            --num_train 40000 --epochs 4 --num_test 10000 --keep_ratios 0.5 --methods spvit dynamicvit tome \
+            class_attention random --results benchmarks/results/token_accuracy_longer.json
+Writes  benchmarks/results/token_accuracy.json (or --results) and the picture, and prints the table.
 Needs   the ViT of benchmarks/cifar_vit.py.
 
 Three stages, each keeping the same share of what it sees. Every method trains on the same images in the same order,
@@ -42,8 +46,7 @@ from hf_prune.tokens.constraint import keep_constraint
 from hf_prune.tokens.reducers.registry import reducer_class
 from hf_prune.tokens.schedule import even_stages, geometric
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "token_accuracy.json"
+RESULTS = Path(__file__).parent / "results" / "token_accuracy.json"
 METHODS = ("spvit", "dynamicvit", "evit", "tome", "class_attention", "random")
 FIXED = ", fixed counts"
 ROWS = ("spvit", f"spvit{FIXED}", *METHODS[1:])
@@ -79,11 +82,11 @@ def objective_for(dense: nn.Module, model: nn.Module, accelerator: Accelerator, 
     return PruneTokens(dense, keep_constraint(settings.keep_ratios), accelerator, seed, weights=weights)
 
 
-def train(model: nn.Module, dense: nn.Module, images: Images, *, seed: int) -> None:
-    """Train one epoch in place."""
+def train(model: nn.Module, dense: nn.Module, images: Images, *, epochs: float, seed: int) -> None:
+    """Train in place."""
     rates = TwoRates(backbone_share=BACKBONE_SHARE, freeze_share=0.0)
     settings = PhaseSettings(
-        epochs=1.0, learning_rate=RATE, weight_decay=0.05, seed=seed, max_grad_norm=1.0,
+        epochs=epochs, learning_rate=RATE, weight_decay=0.05, seed=seed, max_grad_norm=1.0,
         shapes={"token_pruning": rates.selector, "": lambda p: BACKBONE_SHARE * rates.selector(p)},
     )  # fmt: skip
     rows = TensorDataset(*images)
@@ -104,12 +107,14 @@ def train(model: nn.Module, dense: nn.Module, images: Images, *, seed: int) -> N
         )  # fmt: skip
 
 
-def run(dense: nn.Module, method: str, keep_ratio: float, seed: int, data: Images, test: Images) -> dict[str, Any]:
+def run(
+    dense: nn.Module, method: str, keep_ratio: float, data: Images, test: Images, *, epochs: float, seed: int
+) -> dict[str, Any]:
     """Return what one method came to."""
     model, started = pruned(dense, method, keep_ratio, seed), time.perf_counter()
     learned = reducer_class(method).learned
     untrained = None if learned else top1(model, *test)
-    train(model, dense, data, seed=seed)
+    train(model, dense, data, epochs=epochs, seed=seed)
     if reducer_class(method).adaptive:
         calibration = data[0][:NUM_CALIBRATION].split(64)
         calibrate_thresholds(model, lambda: calibration, token_pruning_of(model).settings.keep_ratios)
@@ -134,18 +139,27 @@ def chosen(results: dict[str, Any], method: str, keep_ratio: float, key: str) ->
     return [run[key] for run in results["runs"] if (run["method"], run["keep_ratio"]) == (method, keep_ratio)]
 
 
+def shown(results: dict[str, Any]) -> tuple[list[str], list[float]]:
+    """Return the rows and the keep ratios that have runs."""
+    methods = {run["method"] for run in results["runs"]}
+    ratios = sorted({run["keep_ratio"] for run in results["runs"]}, reverse=True)
+    return [row for row in ROWS if row.removesuffix(FIXED) in methods], ratios
+
+
 def table(results: dict[str, Any]) -> str:
     """Return mean and deviation of top-1, and the share of MACs, for every method and keep ratio."""
+    rows, ratios = shown(results)
     lines = [
-        "| method | " + " | ".join(f"keep {ratio}" for ratio in KEEP_RATIOS) + " |",
-        "| --- " + "| --: " * len(KEEP_RATIOS) + "|",
+        "| method | " + " | ".join(f"keep {ratio}" for ratio in ratios) + " |",
+        "| --- " + "| --: " * len(ratios) + "|",
     ]
-    for method in ROWS:
+    for method in rows:
         cells = []
-        for ratio in KEEP_RATIOS:
+        for ratio in ratios:
             scores = [100 * score for score in chosen(results, method, ratio, "top1")]
             macs = statistics.fmean(chosen(results, method, ratio, "macs")) / results["dense"]["macs"]
-            cells.append(f"{statistics.fmean(scores):.1f} ± {statistics.stdev(scores):.1f} ({macs:.2f})")
+            deviation = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            cells.append(f"{statistics.fmean(scores):.1f}{deviation} ({macs:.2f})")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -153,11 +167,11 @@ def table(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw top-1 against MACs, one line a method, with the range over seeds."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    dense = results["dense"]
-    for method, colour in zip(ROWS, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
+    dense, (rows, ratios) = results["dense"], shown(results)
+    for method, colour in zip(rows, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
         points = sorted(
             (statistics.fmean(chosen(results, method, ratio, "macs")) / 1e6, chosen(results, method, ratio, "top1"))
-            for ratio in KEEP_RATIOS
+            for ratio in ratios
         )
         means = [100 * statistics.fmean(scores) for _, scores in points]
         spread = [[mean - 100 * min(s) for mean, (_, s) in zip(means, points, strict=True)],
@@ -167,7 +181,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.axhline(100 * dense["top1"], color="0.4", linestyle="--", linewidth=1)
     axes.annotate(f"dense, {dense['macs'] / 1e6:.0f} M", (1, 100 * dense["top1"]), xycoords=("axes fraction", "data"),
                   ha="right", va="bottom", color="0.3")  # fmt: skip
-    axes.set(xlabel="million MACs an image", ylabel="top-1, %", title="CIFAR-10, ViT of 8 blocks, one short epoch")
+    axes.set(
+        xlabel="million MACs an image",
+        ylabel="top-1, %",
+        title=f"CIFAR-10, ViT of 8 blocks, {results['epochs'] * results['num_train']:,.0f} images of training",
+    )
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.4))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -178,34 +196,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--keep_ratios", type=float, nargs="+", default=[*KEEP_RATIOS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_train", type=int, default=8_000, help="images of each seed's epoch")
+    parser.add_argument("--num_train", type=int, default=8_000, help="images of each seed's epochs")
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--num_test", type=int, default=4_000)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, help="where to draw top-1 against MACs")
     arguments = parser.parse_args(argv)
     dense = timm.create_model(f"local-dir:{arguments.model}", pretrained=True).eval().requires_grad_(False)
     test = load_images(arguments.data, "test", arguments.num_test)
     pixels, labels = load_images(arguments.data, "train", len(arguments.seeds) * arguments.num_train)
     fresh: dict[str, Any] = {
         "num_train": arguments.num_train,
+        "epochs": arguments.epochs,
         "num_test": arguments.num_test,
         "threads": torch.get_num_threads(),
         "dense": {"top1": top1(dense, *test), "macs": mean_macs(dense, test[0][:1])},
         "runs": [],
     }
     # A run that was stopped goes on where it was.
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    found = json.loads(arguments.results.read_text("utf-8")) if arguments.results.is_file() else {}
     results = found if {**found, "runs": []} == fresh else fresh
     done = {(run["method"], run["keep_ratio"], run["seed"]) for run in results["runs"]}
     for place, seed in enumerate(arguments.seeds):
         part = slice(place * arguments.num_train, (place + 1) * arguments.num_train)
-        for keep_ratio in KEEP_RATIOS:
-            for method in METHODS:
+        for keep_ratio in arguments.keep_ratios:
+            for method in arguments.methods:
                 if (method, keep_ratio, seed) in done:
                     continue
-                results["runs"].append(run(dense, method, keep_ratio, seed, (pixels[part], labels[part]), test))
+                data = pixels[part], labels[part]
+                outcome = run(dense, method, keep_ratio, data, test, epochs=arguments.epochs, seed=seed)
+                results["runs"].append(outcome)
                 print(results["runs"][-1], flush=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(results, ROOT / "docs" / "token_accuracy.png")
+                arguments.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if arguments.picture:
+        draw(results, arguments.picture)
     print(f"dense: {results['dense']}\n{table(results)}")
 
 
